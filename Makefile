@@ -1,0 +1,107 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned requirements, and the native build. Needed: python3 with venv and,
+# for the native libraries, a C++20 compiler. Without a compiler everything still runs, on the reference, and says so.
+#
+#   make demo     a real MobileViTv2, original against accelerated, on real photos
+#   make test     every test, once per instruction set of this CPU and once through the Triton interpreter
+#   make bench    the figures of benchmarks/results, measured here
+#   make gpu      on a machine with a GPU and its own torch (nothing is downloaded): tests, proof and figures on that GPU
+#   make lint     ruff and mypy
+#   make clean    remove what was built (the environment stays; `make distclean` removes it too)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+REPORT ?= demo-report
+RESULTS ?= benchmarks/results
+JOBS ?= 2
+TRITON_TESTS := test-triton-contract test-triton-ops
+ISA_TESTS := test-avx512_bf16 test-avx512 test-avx2 test-baseline
+PARTS := $(TRITON_TESTS) test-cpp $(ISA_TESTS)
+NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*') vitkernels/builder.py setup.py pyproject.toml
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup demo test test-python $(PARTS) bench gpu lint clean distclean
+
+setup: $(VENV)/.native
+
+# torch first and alone, so that nothing later can pull another one.
+$(VENV)/.torch: requirements/torch.txt
+	@echo "setting up $(VENV): torch and the other requirements (some minutes, once)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.torch requirements/no-deps.txt requirements/dev.txt
+	@$(PIP) install --no-deps -r requirements/no-deps.txt
+	@$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.requirements $(NATIVE_SOURCES)
+	@echo "building vitkernels"
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: setup
+	@$(RUN) -m vitkernels demo --out $(REPORT) $(DEMO_ARGUMENTS)
+
+# The parts that use one core each run side by side, each one's output in one piece; Python's own tests come last and alone, so that pytest's closing
+# lines end the output.
+test: setup
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(PARTS)
+	@$(MAKE) --no-print-directory test-python
+
+test-cpp: setup
+	@if ! command -v cmake >/dev/null; then \
+	  echo "no cmake: the C++ tests of csrc/common are not run"; \
+	else \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" --log-level=WARNING >/dev/null; \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target csrc_tests -- --quiet; \
+	  ctest --test-dir build/cmake --output-on-failure; \
+	fi
+
+test-python: setup
+	@$(RUN) -m pytest
+
+# test-python runs the instruction set that is detected; the contract holds for the others, too, those this CPU can run.
+OTHER_ISA = from vitkernels import host, native; print(native.cpu_isa() == '$*' != host.isa_report().detected)
+$(ISA_TESTS): test-%: setup
+	@export OMP_NUM_THREADS=1 VITKERNELS_CPU_ISA=$*; \
+	other=$$($(RUN) -c "$(OTHER_ISA)"); \
+	if [ "$$other" = True ]; then \
+	  echo "contract of the native backend on $*"; \
+	  $(RUN) -m pytest --quiet tests/contract -k native; \
+	else \
+	  echo "contract of the native backend on $*: not run by itself (it is the detected one, or cannot run here)"; \
+	fi
+
+$(TRITON_TESTS): test-triton-%: setup
+	@echo "Triton kernels in the interpreter, tests/$*"
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest --quiet tests/$* -k triton
+
+bench: setup
+	@$(RUN) -m vitkernels bench --out $(RESULTS)
+
+# No virtual environment: the machine's own python3 and torch are what is to be proved.
+gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch finds no GPU on this machine')"
+	@$(PYTHON) -m pip --quiet --disable-pip-version-check install --no-build-isolation --no-deps --editable .
+	@$(PYTHON) -m vitkernels doctor
+	@timeout 240 $(PYTHON) -m pytest --quiet tests/contract --device cuda
+	@$(PYTHON) -m vitkernels verify
+	@timeout 120 $(PYTHON) -m vitkernels bench --device cuda --out $(RESULTS)
+
+lint: $(VENV)/.requirements
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean:
+	@rm -rf build dist *.egg-info vitkernels/_lib $(REPORT) $(VENV)/.native
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

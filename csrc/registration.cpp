@@ -1,0 +1,31 @@
+// Every native CPU op's implementation is registered here, on one page. The schemas are defined in Python (vitkernels/ops/<family>/op.py).
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "common/isa.h"
+#include "separable/op.h"
+
+namespace vitkernels {
+namespace {
+
+// The instruction set in use; raises what VITKERNELS_CPU_ISA asked for and cannot have.
+std::string cpu_isa() {
+  const isa::Isa selected = isa::selected();
+  STD_TORCH_CHECK(!isa::selection_error(), isa::selection_error());
+  return isa::name(selected);
+}
+
+}  // namespace
+}  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vitkernels, m) { m.def("cpu_isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vitkernels::cpu_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));
+  m.impl("separable_attention_backward", TORCH_BOX(&vitkernels::separable_attention_backward));
+  m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));
+  m.impl("separable_self_attention_backward", TORCH_BOX(&vitkernels::separable_self_attention_backward));
+}

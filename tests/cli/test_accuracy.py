@@ -1,0 +1,73 @@
+"""The rule that decides whether a row is written, and whether `verify` passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitkernels import accuracy
+from vitkernels.registry import Sample
+
+
+def square_sum(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return (x * x) @ w if b is None else (x * x) @ w + b
+
+
+def sample(dtype: torch.dtype = torch.float32, grad: bool = True) -> Sample:
+    generator = torch.Generator().manual_seed(3)
+    x, w = torch.randn(40, 60, generator=generator), torch.randn(60, 20, generator=generator)
+    return Sample("s", (x.to(dtype).requires_grad_(grad), w.to(dtype).requires_grad_(grad)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_math_in_another_order_keeps_the_rule(dtype: torch.dtype) -> None:
+    judge = accuracy.Judge(square_sum, sample(dtype))
+    other_order = judge(lambda x, w: (w.t() @ (x * x).t()).t())
+    assert [c.name for c in other_order] == ["output", "grad x", "grad w"]
+    assert all(c.holds for c in other_order), other_order
+    assert accuracy.worst(other_order).badness <= 1
+
+
+def test_an_error_three_times_as_large_breaks_it() -> None:
+    judge = accuracy.Judge(square_sum, sample(torch.bfloat16, grad=False))
+    (eager,) = judge(square_sum)
+    exact = square_sum(*(t.double() for t in sample(torch.bfloat16, grad=False).args))
+    off = exact + 3 * eager.eager_error + eager.floor
+    comparison = accuracy.compare_tensors("output", off, square_sum(*sample(torch.bfloat16, grad=False).args), exact)
+    assert not comparison.holds
+    assert comparison.badness > 1
+
+
+def test_a_wrong_gradient_is_found_where_the_output_is_right() -> None:
+    judge = accuracy.Judge(square_sum, sample())
+    verdicts = {c.name: c.holds for c in judge(lambda x, w: (x * x.detach()) @ w)}
+    assert verdicts == {"output": True, "grad x": False, "grad w": True}
+
+
+def test_a_value_that_is_not_finite_is_an_infinite_error() -> None:
+    exact = torch.ones(4, dtype=torch.float64)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        comparison = accuracy.compare_tensors("output", torch.tensor([1.0, bad, 1.0, 1.0]), torch.ones(4), exact)
+        assert comparison.error == float("inf")
+        assert not comparison.holds
+
+
+def test_nothing_is_asked_where_eager_overflows() -> None:
+    eager = torch.tensor([1.0, float("inf")], dtype=torch.float16)
+    exact = torch.tensor([1.0, 1e6], dtype=torch.float64)
+    assert accuracy.compare_tensors("output", torch.tensor([1.0, 65504.0], dtype=torch.float16), eager, exact).holds
+    assert not accuracy.compare_tensors("output", torch.tensor([2.0, 65504.0], dtype=torch.float16), eager, exact).holds
+
+
+def test_empty_tensors_hold_and_other_shapes_are_refused() -> None:
+    empty = torch.empty(0, 3)
+    assert accuracy.compare_tensors("output", empty, empty, empty.double()).holds
+    with pytest.raises(ValueError, match=r"output has shape \[1\]"):
+        accuracy.compare_tensors("output", torch.ones(1), torch.ones(2), torch.ones(2).double())
+
+
+def test_gradients_carry_the_names_of_the_public_function() -> None:
+    x, w = sample().args
+    bias = torch.zeros(20, requires_grad=True)
+    assert accuracy.gradient_names(square_sum, Sample("s", (x, w.detach()), {"b": bias})) == ["grad x", "grad b"]

@@ -1,0 +1,94 @@
+"""Where the contract's cases come from: every registered op, on every backend, in every dtype that the backend has.
+
+A test asks for ``target`` (an op on a backend), ``case`` (a target, a dtype, one of the op's samples) or ``bad_call`` (a target and a call to
+refuse). A backend that cannot run here is one skipped test per op, with its reason. ``@pytest.mark.fused`` leaves the reference backend out, where
+the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+
+from vitkernels import backends, registry
+
+from .oracle import DTYPES, Target
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # tests/conftest.py may have added it already; it has to be said here too for `pytest tests/contract --device cuda`.
+    with contextlib.suppress(ValueError):
+        parser.addoption("--device", default="cpu", help="device the contract runs on: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device", default="cpu") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: this machine, or this build of torch, has no CUDA device")
+    config.addinivalue_line("markers", "fused: only the backends with kernels of their own, not the reference")
+    config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow")
+    config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that `case` covers")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.getoption("--device", default="cpu")
+    fused = metafunc.definition.get_closest_marker("fused") is not None
+    thin = metafunc.definition.get_closest_marker("thin") is not None
+    marker = metafunc.definition.get_closest_marker("dtypes")
+    kinds: dict[str, Callable[[Target], Iterable[tuple[object, str]]]] = {
+        "target": lambda target: [(target, str(target))],
+        "case": lambda target: _cases(target, marker.args if marker else DTYPES, thin),
+        "bad_call": _bad_calls,
+    }
+    for name in kinds.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, list(_expand(device, fused, kinds[name])))
+
+
+def _expand(device: str, fused: bool, expand: Callable[[Target], Iterable[tuple[object, str]]]) -> Iterator[ParameterSet]:
+    """Every op on every backend, expanded into the parameters (with their ids) that a test runs on; one skipped parameter where it cannot run."""
+    for spec in registry.all_specs().values():
+        for backend in backends.BACKENDS[1:] if fused else backends.BACKENDS:
+            target = Target(spec, backend, device)
+            reason = target.why_not(torch.float32)
+            if reason is not None:
+                yield pytest.param(target, id=str(target), marks=pytest.mark.skip(reason=reason))
+                continue
+            for parameter, name in expand(target):
+                yield pytest.param(parameter, id=name)
+
+
+def _cases(target: Target, dtypes: tuple[torch.dtype, ...], thin: bool) -> Iterator[tuple[object, str]]:
+    for dtype in dtypes:
+        if target.why_not(dtype) is None:
+            for case in target.cases(dtype, thin or dtype is not torch.float32):
+                yield case, str(case)
+
+
+def _bad_calls(target: Target) -> Iterator[tuple[object, str]]:
+    for bad in target.spec.bad_inputs():
+        yield (target, bad), f"{target}-{bad.name}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test draws its own numbers, and the same ones when it is run again alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+        yield
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--device", default="cpu"))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives the test leave to change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,222 @@
+"""What the contract compares with, and by which rule.
+
+An op's fast path is never asked to equal the reference bit for bit. It is asked to be as near the truth as eager PyTorch is:
+
+    max |fast - exact|  <=  2 max |eager - exact|  +  floor
+
+``exact`` is the reference in float64 on the upcast inputs, ``eager`` the reference in the dtype of the inputs. The rule is FlashAttention's
+(its tests allow 2 max |eager - exact| plus the rounding noise of adding a constant and taking it off again).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitkernels
+from vitkernels import backends
+from vitkernels.registry import OpSpec, Sample
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An op on a backend."""
+
+    spec: OpSpec
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.spec.name}"
+
+    @property
+    def interpreted(self) -> bool:
+        """True for Triton on CPU tensors: right but slow, so it gets the small samples and fewer of them."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    def why_not(self, dtype: torch.dtype) -> str | None:
+        return backends.why_not(self.spec.name, self.backend, torch.device(self.device), dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with vitkernels.backend(self.backend):
+            return self.spec.function(*args, **kwargs)
+
+    def samples(self, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> tuple[Sample, ...]:
+        """The op's samples. They are shared between tests: use :func:`torch.autograd.grad`, not ``backward``."""
+        return _samples(self.spec.name, self.spec.samples, dtype, self.device, grad, self.interpreted)
+
+    def every(self, step: int, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> tuple[Sample, ...]:
+        """Every ``step``-th sample; in the interpreter, where a call takes a third of a second, a sixth of those."""
+        return self.samples(dtype, grad=grad)[:: 6 * step if self.interpreted else step]
+
+    def cases(self, dtype: torch.dtype, thin: bool) -> Iterator[Case]:
+        """A case per sample; in the interpreter, if ``thin``, one in six."""
+        for index, sample in enumerate(self.samples(dtype)):
+            if not (thin and self.interpreted and index % 6):
+                yield Case(self, dtype, index, sample.name)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample of a target in one dtype."""
+
+    target: Target
+    dtype: torch.dtype
+    index: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.target}-{str(self.dtype).removeprefix('torch.')}-{self.name}"
+
+    def sample(self, *, grad: bool = False) -> Sample:
+        return self.target.samples(self.dtype, grad=grad)[self.index]
+
+
+@functools.cache
+def _samples(_name: str, make: Callable[..., Iterator[Sample]], dtype: torch.dtype, device: str, grad: bool, small: bool) -> tuple[Sample, ...]:
+    return tuple(make(dtype, device, grad=grad, small=small))
+
+
+def mapped(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    """The sample with every floating tensor replaced by ``change(tensor)``."""
+
+    def apply(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return replace(sample, args=tuple(map(apply, sample.args)), kwargs={k: apply(v) for k, v in sample.kwargs.items()})
+
+
+def cast(sample: Sample, dtype: torch.dtype) -> Sample:
+    """The sample's values in another dtype, as leaves of their own."""
+    return mapped(sample, lambda t: t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad))
+
+
+def as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def cotangents(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A random gradient for each output, drawn afresh; drawn in float64, so that another dtype of the same test rounds the same numbers."""
+    return tuple(torch.randn(o.shape, dtype=torch.float64, device=o.device).to(o.dtype) for o in outputs)
+
+
+def named_results(
+    function: Callable[..., Any], sample: Sample, grads_out: Sequence[Tensor] | None = None, *, signature: Callable[..., Any] | None = None
+) -> dict[str, Tensor]:
+    """Every output and, given their cotangents, every gradient of a call, by name."""
+    outputs = as_tuple(function(*sample.args, **sample.kwargs))
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    if grads_out is not None:
+        bound = inspect.signature(signature or function).bind(*sample.args, **sample.kwargs).arguments
+        inputs = {name: t for name, t in bound.items() if isinstance(t, Tensor) and t.requires_grad}
+        grads = torch.autograd.grad(outputs, list(inputs.values()), [g.to(o.dtype) for g, o in zip(grads_out, outputs, strict=True)])
+        results |= {f"gradient of {name}": g for name, g in zip(inputs, grads, strict=True)}
+    return results
+
+
+def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
+    """The noise that no result of this dtype can be held to: two units in the last place of its largest value.
+
+    One for rounding the result itself, one for the rounding of a term as large as the result that a kernel, summing in another order than
+    eager, may do and eager may by luck escape (eager's error is a maximum over few elements in a small sample). For values of order one this
+    is FlashAttention's ``2 * ((ref + 0.3 - 0.3) - ref).abs().max()``, but it scales with the data.
+    """
+    return 2 * torch.finfo(dtype).eps * exact.abs().max().item()
+
+
+def assert_accurate(fast: dict[str, Tensor], exact: dict[str, Tensor], eager_errors: dict[str, float]) -> None:
+    """The rule at the top of this module, for every output and gradient; everything finite and of the right shape."""
+    assert fast.keys() == exact.keys() == eager_errors.keys()
+    failures = []
+    for name, got in fast.items():
+        assert got.shape == exact[name].shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(exact[name].shape)}"
+        if got.numel() == 0:
+            continue
+        if not torch.isfinite(got).all():
+            failures.append(f"{name}: {(~torch.isfinite(got)).sum().item()} of {got.numel()} elements are not finite")
+            continue
+        error = _largest_error(got, exact[name])
+        # In float64 `exact` is as far from the truth as eager is, which is added to what is measured: 2 + 1.
+        allowed = (3 if got.dtype is torch.float64 else 2) * eager_errors[name] + rounding_floor(exact[name], got.dtype)
+        if not error <= allowed:
+            largest = exact[name].abs().max()
+            failures.append(f"{name}: error {error:.3e}, eager's {eager_errors[name]:.3e}, allowed {allowed:.3e}, largest value {largest:.3e}")
+    assert not failures, "\n".join(failures)
+
+
+def _largest_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).abs().max().item() if got.numel() else 0.0
+
+
+def eager_errors(spec: OpSpec, sample: Sample, grads_out: Sequence[Tensor] | None, dtype: torch.dtype) -> dict[str, float]:
+    """The largest error of eager in ``dtype``, for every output and gradient.
+
+    Eager in float64 is ``exact`` itself, so its own error is taken from float32: the same roundings on the same values, each smaller by the ratio of
+    the two epsilons, times the square root of two, for a vector holds half as many float64 and each of its partial sums is twice as long (against
+    80-bit arithmetic the estimate without that factor is 0.8 of the truth on average).
+    """
+    if dtype is torch.float64:
+        shrink = 2**0.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return {name: error * shrink for name, error in eager_errors(spec, cast(sample, torch.float32), grads_out, torch.float32).items()}
+    eager = named_results(spec.reference, sample, grads_out)
+    exact = named_results(spec.reference, cast(sample, torch.float64), grads_out)
+    for name, value in eager.items():
+        if not torch.isfinite(value).all():
+            pytest.skip(f"{sample.name}: {name} overflows {dtype} in eager, which leaves nothing to compare with")
+    return {name: _largest_error(eager[name], exact[name]) for name in exact}
+
+
+def assert_obeys_the_rule(target: Target, sample: Sample, grads_out: Sequence[Tensor] | None = None) -> None:
+    """Run a sample on a target, on eager and on eager in float64, and compare; with gradients if any input requires them."""
+    spec, inputs = target.spec, sample.tensors()
+    dtype = inputs[0].dtype
+    if grads_out is None and any(t.requires_grad for t in inputs):
+        with torch.no_grad():
+            grads_out = cotangents(as_tuple(spec.reference(*sample.args, **sample.kwargs)))
+    fast = named_results(target, sample, grads_out, signature=spec.reference)
+    assert all(t.dtype is dtype for t in fast.values()), f"dtypes {[str(t.dtype) for t in fast.values()]}, inputs {dtype}"
+    exact = named_results(spec.reference, cast(sample, torch.float64), grads_out)
+    assert_accurate(fast, exact, eager_errors(spec, sample, grads_out, dtype))
+
+
+class RecordOps(TorchDispatchMode):
+    """Collects every vitkernels op on tensors that runs inside the ``with`` block, with its raw arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace.startswith("vitkernels") and any(isinstance(a, Tensor) for a in args):
+            assert not kwargs, f"{func} was called with keywords"
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def assert_bit_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Equal to the last bit, NaN included."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0, equal_nan=True, msg=f"{name} differs, or is NaN in one alone")
+
+
+def python(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with this vitkernels, installed or not, in a process of its own."""
+    path = os.pathsep.join(filter(None, (str(Path(vitkernels.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=300
+    )

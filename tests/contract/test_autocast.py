@@ -1,0 +1,76 @@
+"""Autocast: float32 arguments inside ``torch.autocast`` give what casting them by hand gives, by the rule of ``F.linear``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .oracle import RecordOps, Target, as_tuple, assert_bit_equal, cast, cotangents, mapped, named_results
+
+_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@pytest.mark.fused
+@_DTYPES
+def test_equals_casting_by_hand(target: Target, dtype: torch.dtype) -> None:
+    for sample in target.every(5):
+        by_hand = as_tuple(target(*cast(sample, dtype).args, **sample.kwargs))
+        with torch.autocast(target.device, dtype=dtype):
+            automatic = as_tuple(target(*sample.args, **sample.kwargs))
+        for a, b in zip(by_hand, automatic, strict=True):
+            assert b.dtype is dtype
+            torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+@pytest.mark.fused
+@_DTYPES
+def test_gradients_come_back_in_the_dtype_of_the_parameters(target: Target, dtype: torch.dtype) -> None:
+    """Parameters stay float32 and so do their gradients, computed in the autocast dtype."""
+    sample = target.samples(torch.float32, grad=True)[0]
+    grads_out = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
+    lowered = cast(sample, dtype)
+    by_hand = named_results(target, lowered, grads_out, signature=target.spec.reference)
+    with torch.autocast(target.device, dtype=dtype):
+        automatic = named_results(target, sample, grads_out, signature=target.spec.reference)
+    gradients = {name: g for name, g in automatic.items() if name.startswith("gradient")}
+    assert gradients and all(g.dtype is torch.float32 for g in gradients.values())
+    assert_bit_equal({name: by_hand[name].float() for name in gradients}, gradients)
+
+
+@pytest.mark.fused
+@_DTYPES
+def test_the_raw_op_casts_too(target: Target, dtype: torch.dtype) -> None:
+    """``torch.ops.vitkernels.<op>`` called directly has autocast registered: compiled graphs and other languages come in there."""
+    sample = target.samples(torch.float32)[0]
+    with RecordOps() as record:
+        target(*sample.args, **sample.kwargs)
+    ((op, args),) = record.calls
+    lowered = op(*(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args))
+    with torch.autocast(target.device, dtype=dtype):
+        automatic = op(*args)
+    assert automatic[0].dtype is dtype
+    for a, b in zip(lowered, automatic, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+@_DTYPES
+def test_output_dtype(target: Target, dtype: torch.dtype) -> None:
+    """Every backend, the reference included, answers in the dtype that autocast asks for; float64 is left alone, as by ``F.linear``."""
+    for given, expected in ((torch.float32, dtype), (dtype, dtype), (torch.float64, torch.float64)):
+        if target.why_not(given) is None:
+            sample = target.samples(given)[0]
+            with torch.autocast(target.device, dtype=dtype):
+                assert all(out.dtype is expected for out in as_tuple(target(*sample.args, **sample.kwargs)))
+
+
+@pytest.mark.fused
+def test_mixed_arguments_meet_in_the_autocast_dtype(target: Target) -> None:
+    """A bfloat16 activation with float32 parameters, as the layer before leaves it: refused outside autocast, fine inside."""
+    sample = target.samples(torch.float32)[0]
+    mixed = mapped(sample, lambda t: t.bfloat16() if t is sample.args[0] else t)
+    with pytest.raises(TypeError, match="dtype"):
+        target(*mixed.args, **mixed.kwargs)
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        got = as_tuple(target(*mixed.args, **mixed.kwargs))
+    for a, b in zip(as_tuple(target(*cast(sample, torch.bfloat16).args, **sample.kwargs)), got, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)

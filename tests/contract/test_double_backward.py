@@ -1,0 +1,54 @@
+"""Second derivatives: right on the reference, a clear error on the kernels, never a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from vitkernels import registry
+
+from .oracle import Target, as_tuple, cast
+
+
+def _square_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([t.square().sum() for t in tensors]).sum()
+
+
+def _first_gradients(target: Target) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    sample = target.samples(grad=True)[0]
+    inputs = [t for t in sample.tensors() if t.requires_grad]
+    outputs = as_tuple(target(*sample.args, **sample.kwargs))
+    return inputs, torch.autograd.grad(_square_sum(outputs), inputs, create_graph=True)
+
+
+@pytest.mark.fused
+def test_second_derivative_is_refused(target: Target) -> None:
+    inputs, gradients = _first_gradients(target)
+    with pytest.raises(NotImplementedError, match=rf"{target.spec.name} has no second derivative.*backend\('reference'\)"):
+        torch.autograd.grad(_square_sum(gradients), inputs)
+
+
+@pytest.mark.fused
+def test_create_graph_changes_no_number(target: Target) -> None:
+    """Asking for a graph of the backward is not yet asking for a second derivative."""
+    sample = target.samples(grad=True)[0]
+    inputs, gradients = _first_gradients(target)
+    outputs = as_tuple(target(*sample.args, **sample.kwargs))
+    for graphed, plain in zip(gradients, torch.autograd.grad(_square_sum(outputs), inputs), strict=True):
+        torch.testing.assert_close(graphed.detach(), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", registry.all_specs())
+def test_reference_has_second_derivatives(name: str, device: str) -> None:
+    target = Target(registry.get(name), "reference", device)
+    tiny = min((s for s in target.samples(torch.float64) if all(t.numel() for t in s.tensors())), key=lambda s: sum(t.numel() for t in s.tensors()))
+    sample = cast(tiny, torch.float64)
+    inputs = [t.requires_grad_() for t in sample.tensors()]
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        remaining = iter(tensors)
+        return target(*(None if t is None else next(remaining) for t in sample.args), **sample.kwargs)
+
+    assert torch.autograd.gradgradcheck(function, inputs)

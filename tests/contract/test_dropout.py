@@ -1,0 +1,79 @@
+"""Dropout inside an op: the mask that the reference draws from the same seed, so training is reproducible across backends."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from vitkernels.registry import Sample
+
+from .oracle import Target, as_tuple, assert_bit_equal, assert_obeys_the_rule, cotangents, named_results
+
+
+@pytest.fixture(autouse=True)
+def _has_dropout(request: pytest.FixtureRequest) -> None:
+    target: Target = request.node.callspec.params["target"]
+    if "dropout_p" not in inspect.signature(target.spec.function).parameters:
+        pytest.skip(f"{target.spec.name} has no dropout")
+
+
+def _samples(target: Target, dtype: torch.dtype = torch.float32, **kwargs: Any) -> list[Sample]:
+    return [replace(s, kwargs=s.kwargs | kwargs) for s in target.every(3, dtype, grad=True)]
+
+
+def _seeded(target: Target, seed: int = 7) -> Target:
+    """The target with its function and its reference each starting from the same seed."""
+
+    def starting(function: Any) -> Any:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            torch.manual_seed(seed)
+            return function(*args, **kwargs)
+
+        return run
+
+    return replace(target, spec=replace(target.spec, function=starting(target.spec.function), reference=starting(target.spec.reference)))
+
+
+def _results(target: Target, sample: Sample) -> dict[str, torch.Tensor]:
+    grads_out = tuple(torch.ones_like(o) for o in as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
+    return named_results(target, sample, grads_out, signature=target.spec.reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=["float32", "bfloat16", "float16", "float64"])
+def test_same_mask_as_the_reference(target: Target, dtype: torch.dtype, poison: None) -> None:
+    """One dropped score more or less than in the reference is an error of the order of the result, and so of any tolerance."""
+    reason = target.why_not(dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    for sample in _samples(target, dtype, dropout_p=0.3, training=True):
+        with torch.no_grad():
+            grads_out = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
+        assert_obeys_the_rule(_seeded(target), sample, grads_out)
+
+
+def test_every_call_draws_a_new_mask(target: Target) -> None:
+    sample = replace(target.samples()[0], kwargs={"dropout_p": 0.5, "training": True})
+    first, second = (target(*sample.args, **sample.kwargs) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_dropout_of_nothing_is_no_dropout(target: Target) -> None:
+    """With p = 0 in training, and with any p in evaluation, it is the plain op to the last bit and draws no random number."""
+    for sample in _samples(target):
+        plain = _results(target, sample)
+        for kwargs in ({"dropout_p": 0.0, "training": True}, {"dropout_p": 0.4, "training": False}):
+            state = torch.get_rng_state()
+            assert_bit_equal(plain, _results(target, replace(sample, kwargs=sample.kwargs | kwargs)))
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropping_every_score(target: Target, poison: None) -> None:
+    """With p = 1 the context is zero, the result is what the reference makes of that, and every gradient is finite."""
+    for sample in _samples(target, dropout_p=1.0, training=True):
+        assert_obeys_the_rule(target, sample)

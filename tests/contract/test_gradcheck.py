@@ -1,0 +1,46 @@
+"""Gradients against finite differences, in float64, through the kernels themselves (they are templates, so this is the code that runs in float32)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vitkernels.registry import Sample
+
+from .oracle import Case, Target, mapped
+
+_SLOW = 400  # elements up to which every entry of the Jacobian is differenced
+
+
+def _check(target: Target, sample: Sample, *, fast_mode: bool) -> None:
+    # gradcheck writes into its inputs: dense copies, since an expanded one shares its elements.
+    dense = mapped(sample, lambda t: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
+    inputs = [t for t in dense.args if t is not None]
+
+    def function(*tensors: torch.Tensor) -> Any:
+        remaining = iter(tensors)
+        return target(*(None if t is None else next(remaining) for t in dense.args), **dense.kwargs)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast_mode)
+
+
+def _size(sample: Sample) -> int:
+    return sum(t.numel() for t in sample.tensors())
+
+
+@pytest.mark.dtypes(torch.float64)
+def test_projected_jacobian(case: Case) -> None:
+    _check(case.target, case.sample(), fast_mode=True)
+
+
+@pytest.mark.dtypes(torch.float64)
+def test_every_entry_of_the_jacobian(target: Target) -> None:
+    reason = target.why_not(torch.float64)
+    if reason is not None:
+        pytest.skip(reason)
+    small = [s for s in target.samples(torch.float64) if 0 < _size(s) <= _SLOW]
+    assert small, "the op has no sample small enough"
+    for sample in small:
+        _check(target, sample, fast_mode=False)

@@ -1,0 +1,112 @@
+"""Strides: what comes out, that nothing that goes in is touched or handed back, and that gradients may arrive in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from vitkernels.registry import Sample
+
+from .oracle import Target, as_tuple, assert_obeys_the_rule, cotangents, mapped
+
+# The layout that each op's docstring promises; a new op writes its own here.
+_PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
+    "separable_attention": lambda sample: torch.empty(sample.args[2].shape).stride(),
+    "separable_self_attention": lambda sample: torch.empty_like(sample.args[0]).stride(),
+}
+
+
+@pytest.mark.fused
+def test_output_has_the_promised_layout(target: Target) -> None:
+    """Contiguous in, contiguous out; channels_last in, channels_last out; where the docstring says so."""
+    for sample in target.every(1):
+        (out,) = as_tuple(target(*sample.args, **sample.kwargs))
+        if out.numel():
+            assert out.stride() == _PROMISED[target.spec.name](sample), sample.name
+
+
+@pytest.mark.fused
+def test_fake_tensors_tell_the_layout(target: Target) -> None:
+    """Shape, strides, dtype and device are known without running: meta initialisation, memory estimation and the compiler ask so."""
+    for sample in target.every(1):
+        real = as_tuple(target(*sample.args, **sample.kwargs))
+        with FakeTensorMode() as mode:
+            fake = mapped(sample, mode.from_tensor)
+            predicted = as_tuple(target(*fake.args, **fake.kwargs))
+        for r, f in zip(real, predicted, strict=True):
+            assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), sample.name
+
+
+def test_inputs_are_not_modified(target: Target) -> None:
+    for sample in target.every(1, grad=True):
+        inputs = sample.tensors()
+        before = [t.detach().clone() for t in inputs]
+        versions = [t._version for t in inputs]
+        outputs = as_tuple(target(*sample.args, **sample.kwargs))
+        grads_out = cotangents(outputs)
+        kept = [g.clone() for g in grads_out]
+        torch.autograd.grad(outputs, [t for t in inputs if t.requires_grad], grads_out)
+        for tensor, values in zip((*inputs, *grads_out), (*before, *kept), strict=True):
+            torch.testing.assert_close(tensor.detach(), values, rtol=0, atol=0)
+        assert [t._version for t in inputs] == versions
+
+
+def test_outputs_and_gradients_share_no_memory_with_inputs(target: Target) -> None:
+    for sample in target.every(1, grad=True):
+        outputs = as_tuple(target(*sample.args, **sample.kwargs))
+        grads_out = cotangents(outputs)
+        gradients = torch.autograd.grad(outputs, [t for t in sample.tensors() if t.requires_grad], grads_out)
+        given = {t.untyped_storage().data_ptr() for t in (*sample.tensors(), *grads_out) if t.numel()}
+        made = [t.untyped_storage().data_ptr() for t in (*outputs, *gradients) if t.numel()]
+        assert not given & set(made), f"{sample.name}: a result lies in an input's memory"
+
+
+def _restrided(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values under the strides that a weight can have: tied and transposed, a slice of something wider, one row broadcast."""
+    wide = torch.stack([tensor.detach(), torch.full_like(tensor, torch.nan)], dim=-1)
+    yield "every other element", wide[..., 0]
+    if tensor.dim() > 1:
+        yield "transposed", tensor.detach().transpose(0, 1).contiguous().transpose(0, 1)
+        padded = torch.full((tensor.shape[0], tensor.shape[1] + 3, *tensor.shape[2:]), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        padded[:, 3:] = tensor.detach()
+        yield "part of wider rows", padded[:, 3:]
+
+
+@pytest.mark.fused
+def test_every_argument_may_have_any_strides(target: Target, poison: None) -> None:
+    for sample in target.every(4, grad=True):
+        for position, tensor in enumerate(sample.args):
+            if tensor is None or tensor.numel() == 0:
+                continue
+            for how, view in _restrided(tensor):
+                changed = replace(sample, args=(*sample.args[:position], view.requires_grad_(), *sample.args[position + 1 :]))
+                try:
+                    assert_obeys_the_rule(target, changed)
+                except AssertionError as error:
+                    raise AssertionError(f"{sample.name}, argument {position} {how}: {error}") from None
+
+
+def _arrangements(grad: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same gradient under the strides that a model's next layer may hand back."""
+    yield "channels_last", grad.contiguous(memory_format=torch.channels_last)
+    yield "transposed", grad.transpose(2, 3).contiguous().transpose(2, 3)
+    wide = torch.full((*grad.shape[:3], 2 * grad.shape[3]), torch.nan, dtype=grad.dtype, device=grad.device)
+    wide[..., ::2] = grad
+    yield "strided", wide[..., ::2]
+    yield "expanded over channels", grad[:, :1].expand(grad.shape)
+    yield "one number, as of a sum", grad.new_ones(()).expand(grad.shape)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradient_arrives_in_any_layout(target: Target, dtype: torch.dtype, poison: None) -> None:
+    for sample in target.every(5, dtype, grad=True):
+        (out,) = as_tuple(target.spec.reference(*sample.args, **sample.kwargs))
+        (grad,) = cotangents((out,))
+        for _, arranged in _arrangements(grad):
+            assert_obeys_the_rule(target, sample, (arranged,))

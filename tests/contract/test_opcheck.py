@@ -1,0 +1,49 @@
+"""``torch.library.opcheck`` on the raw ops, forward and backward, with the arguments that the public function gives them.
+
+It checks that the schema tells the truth (no hidden mutation, no output aliasing an input), that the fake kernel predicts shape, stride, dtype and
+device, that autograd is registered the right way, and that AOTAutograd with symbolic shapes gives eager's results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vitkernels.registry import Sample
+
+from .oracle import RecordOps, Target, as_tuple, cotangents
+
+pytestmark = pytest.mark.fused
+
+
+def _recorded(target: Target, sample: Sample) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The raw forward and backward call of a sample."""
+    with RecordOps() as record:
+        outputs = as_tuple(target(*sample.args, **sample.kwargs))
+        torch.autograd.grad(outputs, [t for t in sample.tensors() if t.requires_grad], cotangents(outputs))
+    assert len(record.calls) == 2, f"one forward and one backward op expected, got {[str(op) for op, _ in record.calls]}"
+    return record.calls
+
+
+def _some(target: Target) -> list[Sample]:
+    """First and last of the samples and some between, coprime to their period: shapes, maps and layouts."""
+    samples = target.samples(grad=True)
+    return [*target.every(5, grad=True), samples[-1]]
+
+
+def test_forward_op(target: Target) -> None:
+    for sample in _some(target):
+        (op, args), _ = _recorded(target, sample)
+        assert op.name() == f"{'vitkernels_triton' if target.backend == 'triton' else 'vitkernels'}::{target.spec.name}"
+        given = {id(t) for t in sample.tensors()}
+        args = tuple(a.detach().requires_grad_(id(a) in given) if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(op, args)
+
+
+def test_backward_op(target: Target) -> None:
+    for sample in _some(target):
+        _, (op, args) = _recorded(target, sample)
+        assert op.name().endswith(f"::{target.spec.name}_backward")
+        torch.library.opcheck(op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))

@@ -1,0 +1,41 @@
+"""A small MobileViTv2 of timm's blocks, and real images to train it on: scikit-learn's handwritten digits, upsampled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Digits(nn.Module):
+    """Two MobileViTv2 blocks, with the strided convolutions that stand before each in the real network."""
+
+    def __init__(self) -> None:
+        from timm.models.mobilevit import MobileVitV2Block
+
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+        self.first = MobileVitV2Block(16, transformer_dim=16, transformer_depth=1, patch_size=2)
+        self.down = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU())
+        self.second = MobileVitV2Block(32, transformer_dim=32, transformer_depth=2, patch_size=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        x = self.second(self.down(x))
+        return self.head(x.mean((2, 3)))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Digits()
+
+
+def images(size: int = 24) -> tuple[Tensor, Tensor]:
+    """All 1797 digits as [n, 1, size, size] in [-1, 1], shuffled, and their labels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    pixels = torch.from_numpy(digits.images).float()[order, None] / 8 - 1
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False), torch.from_numpy(digits.target).long()[order]

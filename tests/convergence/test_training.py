@@ -1,0 +1,66 @@
+"""Training from the same seed, original and accelerated: the loss curves agree as well as two runs of the original can.
+
+Training amplifies rounding, so two runs that differ in one rounding step drift apart, and no fixed tolerance says how far. The original itself says
+it: it is run again with its initial weights moved by one rounding step of the dtype it computes in. The accelerated curve may lie at most twice as
+far from the original's as the furthest of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vitkernels
+
+from .. import zoo
+from . import digits
+
+STEPS, BATCH = 40, 48
+
+
+def train(model: nn.Module, autocast: torch.dtype | None, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    model.train()
+    losses = []
+    for step in range(STEPS):
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % 1440
+        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+def test_loss_curves_agree(autocast: torch.dtype | None) -> None:
+    images, labels = digits.images()
+
+    def run(change: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, nn.Module]:
+        model = change(digits.model())
+        return train(model, autocast, images, labels), model
+
+    eps = torch.finfo(autocast or torch.float32).eps
+    original, _ = run(lambda model: model)
+    spread = [zoo.rms(run(lambda model, seed=seed: zoo.jitter(model, seed, eps))[0] - original) for seed in range(4)]
+
+    def accelerate(model: nn.Module) -> nn.Module:
+        assert len(vitkernels.accelerate(model).replaced) == 2 + 2 * 3
+        return model
+
+    ours, trained = run(accelerate)
+    distance = zoo.rms(ours - original)
+    assert 0 < max(spread) < 0.1 * zoo.rms(original), "the yardstick itself is out of measure: the runs of the original have nothing in common"
+    assert distance <= 2 * max(spread), f"rms distance {distance:.3g}, between runs of the original at most {max(spread):.3g}"
+
+    assert ours[-5:].mean() < 0.5 * ours[:5].mean()
+    with torch.no_grad():
+        accuracy = (trained.eval()(images[1440:]).argmax(1) == labels[1440:]).double().mean()
+    assert accuracy > 0.5, "it agrees, but nothing was learnt"

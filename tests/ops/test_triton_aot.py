@@ -1,0 +1,77 @@
+"""The Triton kernels compiled ahead of time for real GPUs: shared memory within the limit and no register spilled. No GPU needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels made for the interpreter cannot be compiled", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from vitkernels import aot
+from vitkernels.ops.separable import triton as separable
+
+# What differs between launches of one width: tile sizes (batch), address arithmetic (layout), dropout's further inputs.
+_MAP: dict[str, Any] = {}
+_CHANNELS_LAST = {"channels_last": True, "dropout": True}
+_ONE_IMAGE = {"batch": 1, "unfolded": True}
+# MobileViTv2's widths, each with one of the cases; `python -m vitkernels.aot` compiles more.
+CASES = (
+    (64, torch.bfloat16, _MAP),
+    (128, torch.bfloat16, _CHANNELS_LAST),
+    (192, torch.bfloat16, _ONE_IMAGE),
+    (256, torch.bfloat16, _MAP),
+    (384, torch.bfloat16, _ONE_IMAGE),
+    (512, torch.bfloat16, _CHANNELS_LAST),
+    (192, torch.float32, _MAP),
+    (512, torch.float32, _ONE_IMAGE),
+)
+
+
+def _name(value: Any) -> str:
+    return str(value).removeprefix("torch.") if not isinstance(value, dict) else " ".join(value) or "map"
+
+
+@pytest.mark.parametrize(("dim", "dtype", "case"), CASES, ids=_name)
+def test_every_kernel_fits_every_target(dim: int, dtype: torch.dtype, case: dict[str, Any]) -> None:
+    table = aot.budgets(dims=[dim], dtypes=[dtype], **case)
+    assert {b.target for b in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert all(b.registers > 0 for b in table)
+    misfits = [f"{b.kernel} on {b.target}: {b.shared} of {b.shared_limit} bytes shared, {b.spills} spilled" for b in table if not b.fits]
+    assert not misfits, "\n".join(misfits)
+
+
+def test_every_kernel_is_compiled() -> None:
+    kernels = {name for name, value in vars(separable).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
+    assert {launch.name for launch in aot.launches(64, torch.bfloat16)} == kernels
+    assert len(kernels) == 11
+
+
+def _forward_kernel(dim: int) -> aot.Launch:
+    return next(launch for launch in aot.launches(dim, torch.bfloat16) if launch.name == "separable_self_attention_fwd_kernel")
+
+
+@pytest.mark.parametrize(("target", "squeeze"), [("sm_80", {"maxnreg": 64}), ("gfx942", {"waves_per_eu": 8, "num_warps": 2})])
+def test_a_spill_is_seen(target: str, squeeze: dict[str, int]) -> None:
+    """Refused the registers it needs, the kernel spills, and its budget says so."""
+    launch = _forward_kernel(256)
+    options = tuple({**dict(launch.options), **squeeze}.items())
+    squeezed = aot.budget(dataclasses.replace(launch, options=options), target, "squeezed")
+    assert squeezed.spills > 0
+    assert not squeezed.fits
+
+
+def test_shared_memory_beyond_the_limit_is_seen() -> None:
+    """A tile of 512 x 512 weights beside one of 64 x 512 pixels is more than LDS holds."""
+    launch = _forward_kernel(512)
+    constants = tuple({**dict(launch.constants), "BLOCK_E": 128, "BLOCK_K": 256}.items())
+    large = aot.budget(dataclasses.replace(launch, constants=constants), "gfx942", "large")
+    assert large.shared > large.shared_limit
+    assert not large.fits

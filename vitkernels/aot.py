@@ -1,0 +1,212 @@
+"""Every Triton kernel compiled ahead of time for real GPUs, on a machine that has none, and what the binaries need.
+
+``python -m vitkernels.aot`` prints the table. The launches come from the launch code itself, run on meta tensors with the start of each kernel
+recorded in place of executed: what is compiled is what a GPU would run, specialisation of arguments included. A kernel fits a target when its shared
+memory is within the target's limit and no register is spilled; both are read from the compiled binary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vitkernels.ops.separable import triton as separable
+
+# Target -> what Triton calls it, and the shared memory (LDS) of one program in bytes.
+TARGETS: dict[str, tuple[GPUTarget, int]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+DIMS = (64, 128, 192, 256, 384, 512)
+DTYPES = (torch.bfloat16, torch.float32)
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as the launch code starts it: types and specialisation of its arguments, compile-time constants and compiler options."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+        """Specialise as Triton's launcher does: None and 1 are constants, multiples of 16 are known to be such."""
+        names = list(inspect.signature(kernel.fn).parameters)
+        values = dict(zip(names, args, strict=False)) | {name: options[name] for name in options if name in names}
+        compiler_options = tuple((name, value) for name, value in options.items() if name not in names)
+        signature, constants, aligned = [], [], []
+        for index, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if isinstance(value, torch.Tensor):
+                signature.append((name, _POINTERS[value.dtype]))
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    aligned.append(index)
+            elif parameter.is_constexpr or value is None or value == 1:
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+            else:
+                signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+                if value % 16 == 0:
+                    aligned.append(index)
+        return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), compiler_options)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one kernel compiled for one target needs: bytes of shared memory and its limit, registers a thread, bytes (AMD: registers) spilled."""
+
+    kernel: str
+    case: str
+    target: str
+    shared: int
+    shared_limit: int
+    registers: int
+    spills: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel can run there, and without spilling."""
+        return self.shared <= self.shared_limit and self.spills == 0
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block every kernel start is recorded in the list, in place of executed."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        launches.append(Launch.of(kernel, args, options))
+
+    original, separable.launch = separable.launch, record
+    try:
+        yield launches
+    finally:
+        separable.launch = original
+
+
+def launches(
+    dim: int, dtype: torch.dtype, *, batch: int = 16, unfolded: bool = False, channels_last: bool = False, dropout: bool = False
+) -> list[Launch]:
+    """The distinct launches of forward and backward of both ops at one width.
+
+    Args:
+        dim: channels.
+        dtype: of all tensors.
+        batch: images; a small batch has smaller tiles.
+        unfolded: [B, d, P, N] in place of a map with patches of 2 x 2.
+        channels_last: the map's memory format.
+        dropout: with dropout's multipliers of the scores.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    height, width = (4, 256) if unfolded else (32, 32)
+    patch = (4, 1) if unfolded else (2, 2)
+    x = empty(batch, dim, height, width)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    scale = empty(batch, height, width, dtype=torch.float32) if dropout else None
+    weights = empty(1 + 2 * dim, dim), empty(1 + 2 * dim), empty(dim, dim), empty(dim)
+    q, k, v = empty(batch, 1 + 2 * dim, 4, 256).split([1, dim, dim], dim=1)
+    with recorded() as found:
+        y, logits, stats, pooled = separable.separable_self_attention(x, *weights, scale, *patch)
+        separable.separable_self_attention_backward(y, x, *weights[:3], scale, logits, stats, pooled, *patch, True, True, True)
+        out, scores, context = separable.separable_attention(q, k, v)
+        separable.separable_attention_backward(out, k, v, scores, context, True, True, True)
+    return list(dict.fromkeys(found))
+
+
+def compile_for(launch: Launch, target: str) -> Any:
+    """Compile one launch for one of :data:`TARGETS`; no GPU needed."""
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    return triton.compile(source, target=TARGETS[target][0], options=dict(launch.options))
+
+
+def budget(launch: Launch, target: str, case: str) -> Budget:
+    """Compile one launch for one target and read what the binary needs."""
+    compiled = compile_for(launch, target)
+    registers, spills = _amd_resources(compiled.asm["amdgcn"]) if target.startswith("gfx") else _cuda_resources(compiled.asm["cubin"])
+    return Budget(launch.name, case, target, compiled.metadata.shared, TARGETS[target][1], registers, spills)
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack and local memory) by Triton's own cuobjdump. A Triton kernel has no stack but for what it spills."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """(vector registers a thread, registers spilled) from the metadata at the end of the assembly."""
+    numbers = {name: int(value) for name, value in re.findall(r"\.((?:[sv]gpr_spill|vgpr)_count):\s*(\d+)", assembly)}
+    return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+
+
+def budgets(
+    targets: Iterable[str] = tuple(TARGETS),
+    dims: Iterable[int] = DIMS,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    progress: Callable[[Budget], None] = lambda _: None,
+    **case: Any,
+) -> list[Budget]:
+    """What every kernel needs on every target at every width and dtype; ``case`` goes to :func:`launches`."""
+    table = []
+    for dim in dims:
+        for dtype in dtypes:
+            for launch in launches(dim, dtype, **case):
+                for target in targets:
+                    table.append(budget(launch, target, f"d{dim} {str(dtype).removeprefix('torch.')}"))
+                    progress(table[-1])
+    return table
+
+
+def main() -> int:
+    """Print the table of all budgets; 1 if one of them does not fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if triton.knobs.runtime.interpret:
+        print("Kernels cannot be compiled under TRITON_INTERPRET=1; unset it.", file=sys.stderr)
+        return 1
+    console = Console()
+    with console.status("compiling") as status:
+        table = budgets(progress=lambda b: status.update(f"{b.target} {b.case} {b.kernel}"))
+    shown = Table("kernel", "case", "target", "shared bytes", "limit", "registers", "spills", "fits")
+    for b in table:
+        shown.add_row(b.kernel, b.case, b.target, str(b.shared), str(b.shared_limit), str(b.registers), str(b.spills), "yes" if b.fits else "[red]no")
+    console.print(shown)
+    return 0 if all(b.fits for b in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

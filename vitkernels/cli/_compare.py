@@ -1,0 +1,238 @@
+"""Original against accelerated, on one model and one batch: errors against float64, then interleaved timing. Behind ``accelerate`` and ``demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vitkernels
+from vitkernels import accuracy, timing
+from vitkernels.bench import first_line
+from vitkernels.cli import _zoo
+from vitkernels.cli._common import CliError
+from vitkernels.integrations import Record
+
+ORIGINAL, ACCELERATED, COMPILED = "original", "accelerated", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Error:
+    """Error of both models against the original in float64, relative to the largest float64 value (logits) or to the norm (gradients)."""
+
+    of: str
+    original: float
+    accelerated: float
+    within_twice: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the accelerated model keeps the rule, on a signal: an original that is all error shows nothing about anything."""
+        return self.within_twice and self.original < 0.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything one comparison found.
+
+    Attributes:
+        replaced, skipped: what :func:`vitkernels.accelerate` did; ``fallbacks`` are replaced modules that ran their original code, and why.
+        errors: of the logits, and in training of the gradient of all parameters.
+        measured: ``None`` where nothing was timed.
+    """
+
+    name: str
+    source: str
+    batch: int
+    size: int
+    dtype: str
+    device: str
+    mode: str
+    images: str
+    replaced: tuple[Record, ...]
+    skipped: tuple[Record, ...]
+    fallbacks: dict[str, str]
+    errors: tuple[Error, ...]
+    measured: timing.Measurement | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """Whether the accelerated model keeps the accuracy rule."""
+        return all(error.holds for error in self.errors)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.source}), batch {self.batch}, {self.size} px, {self.dtype}, {self.device}, {self.mode}"
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data: one row of a CSV."""
+        row: dict[str, Any] = {
+            "model": self.name,
+            "source": self.source,
+            "batch": self.batch,
+            "size": self.size,
+            "dtype": self.dtype,
+            "device": self.device,
+            "mode": self.mode,
+            "images": self.images,
+            "replaced": len(self.replaced),
+            "skipped": len(self.skipped),
+        }
+        for error in self.errors:
+            row[f"error_{error.of}_original"] = error.original
+            row[f"error_{error.of}_accelerated"] = error.accelerated
+        row["accuracy_rule_holds"] = self.right
+        if self.measured is not None:
+            for name, found in self.measured.items():
+                for quantile, seconds in asdict(found.quantiles).items():
+                    row[f"{name}_{quantile}_ms"] = seconds * 1e3
+            speedup = self.measured.speedup(ACCELERATED, over=ORIGINAL)
+            row |= {"speedup_p20": speedup.p20, "speedup_p50": speedup.p50, "speedup_p80": speedup.p80}
+            row |= {"rounds_kept": self.measured.kept, "rounds_discarded": self.measured.discarded, "weak": self.measured.weak}
+        return row
+
+
+def _without_dropout(module: nn.Module) -> nn.Module:
+    """Training mode with every dropout off: two models that drop different elements cannot be compared."""
+    module.train()
+    for child in module.modules():
+        if "drop" in type(child).__name__.lower():
+            for attribute in ("p", "drop_prob"):
+                if isinstance(getattr(child, attribute, None), float):
+                    setattr(child, attribute, 0.0)
+    return module
+
+
+def _forward(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: _zoo.logits(module(x))
+
+
+def _training_step(module: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        output = _zoo.logits(module(x))
+        F.cross_entropy(output if output.dtype is torch.float64 else output.float(), labels).backward()
+        return output
+
+    return step
+
+
+def _gradients(module: nn.Module) -> Tensor:
+    """The gradient of all parameters as one vector; a parameter that got none counts as zeros."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters() if p.requires_grad])
+
+
+def _errors(calls: dict[str, Callable[[], Tensor]], modules: dict[str, nn.Module], training: bool, context: Any) -> tuple[Error, ...]:
+    outputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for name, call in calls.items():
+        with context():
+            outputs[name] = call().detach().clone()
+        if training:
+            gradients[name] = _gradients(modules[name])
+            modules[name].zero_grad(set_to_none=True)
+    found = accuracy.compare_tensors("logits", outputs[ACCELERATED], outputs[ORIGINAL], outputs["float64"])
+    errors = [Error("logits", found.relative_eager_error, found.relative_error, found.holds)]
+    if training:
+        # One number for all parameters: by the norm, since the gradient of a small tensor far from any fused module differs by luck alone.
+        exact = gradients["float64"]
+        norm = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        relative = {name: float((gradients[name].double() - exact).norm() / norm) for name in (ORIGINAL, ACCELERATED)}
+        floor = 2 * torch.finfo(gradients[ORIGINAL].dtype).eps
+        holds = relative[ACCELERATED] <= 2 * relative[ORIGINAL] + floor
+        errors.append(Error("gradients", relative[ORIGINAL], relative[ACCELERATED], holds))
+    return tuple(errors)
+
+
+def compare(
+    zoo_model: _zoo.ZooModel,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool = False,
+    image: Path | None = None,
+    rounds: int = 20,
+    budget: float = 60.0,
+    compiled: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> Result:
+    """Run one model as it is and accelerated, side by side.
+
+    Args:
+        zoo_model: the model; it is copied, not changed.
+        batch: images in the batch.
+        dtype: of weights and input.
+        device: where.
+        training: a training step (forward, cross-entropy, backward; dropout off) instead of inference.
+        image: a file; default scikit-image's photos, else noise.
+        rounds: undisturbed timing rounds wanted.
+        budget: seconds after which timing stops, once three rounds are there.
+        compiled: time ``torch.compile`` of the original too.
+        progress: called after every timing round.
+
+    Nothing is timed where there was nothing to replace: it would be the same model twice.
+
+    Raises:
+        CliError: the original model itself cannot run this input here.
+    """
+    pixels, shown = _zoo.images(zoo_model, batch, image)
+    x = pixels.to(device=device, dtype=dtype)
+    labels = torch.arange(batch, device=device)
+    original = copy.deepcopy(zoo_model.module).to(device=device, dtype=dtype)
+    original = _without_dropout(original) if training else original.eval()
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    exact = copy.deepcopy(original).double()
+
+    modules: dict[str, nn.Module] = {ORIGINAL: original, ACCELERATED: accelerated, "float64": exact}
+    inputs = {ORIGINAL: x, ACCELERATED: x, "float64": x.double()}
+    calls = {n: _training_step(m, inputs[n], labels) if training else _forward(m, inputs[n]) for n, m in modules.items()}
+    context: Any = contextlib.nullcontext if training else torch.inference_mode
+    try:
+        with context():
+            calls[ORIGINAL]()
+    except (RuntimeError, ValueError) as error:
+        raise CliError(f"{zoo_model.name} itself does not run batch {batch} at {zoo_model.size} px in {dtype}: {first_line(error)}") from error
+    errors = _errors(calls, modules, training, context)
+    del calls["float64"], modules["float64"], exact
+
+    notes = []
+    if compiled and handle.replaced:
+        torch.compiler.reset()
+        module: Any = torch.compile(copy.deepcopy(original))
+        call = _training_step(module, x, labels) if training else _forward(module, x)
+        try:
+            with context():
+                call()
+            calls[COMPILED] = call
+        except Exception as error:  # no C++ compiler, a graph it cannot take: said in the report, the run goes on
+            notes.append(f"torch.compile: {first_line(error)}")
+    measured = None
+    if handle.replaced:
+        contexts = dict.fromkeys(calls, context)
+        measured = timing.interleave(calls, rounds=rounds, budget=budget, device=device, contexts=contexts, progress=progress)
+    return Result(
+        name=zoo_model.name,
+        source=zoo_model.source,
+        batch=batch,
+        size=zoo_model.size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        mode="training step" if training else "inference",
+        images=shown,
+        replaced=tuple(handle.replaced),
+        skipped=tuple(handle.skipped),
+        fallbacks=handle.fallbacks,
+        errors=errors,
+        measured=measured,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,205 @@
+"""``vitkernels bench [OP...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from vitkernels import bench as benchmark
+from vitkernels import registry, report
+from vitkernels.bench import COLUMNS, DTYPES, EAGER, OURS, Refused, Row
+from vitkernels.cli._common import (
+    CliError,
+    device_of,
+    device_option,
+    dtype_of,
+    err,
+    json_option,
+    out,
+    print_json,
+    set_threads,
+    steps,
+    table,
+    threads_option,
+)
+
+_HEADERS = (
+    "case",
+    "contender",
+    "backend",
+    "p20 ms",
+    "p50 ms",
+    "p80 ms",
+    "against eager",
+    "ours against it",
+    "of gemm",
+    "of gemm fp32",
+    "of copy",
+    "error",
+    "eager's error",
+)
+
+
+@click.command("bench")
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="May be given several times; default float32 and bfloat16.")
+@device_option
+@threads_option
+@click.option("--case", "cases", multiple=True, help="Only cases whose name holds this, such as B16; may be given several times.")
+@click.option("--backward/--no-backward", default=True, show_default=True, help="Also forward and backward together.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Let torch.compile take part (it compiles first).")
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Timing rounds a case.")
+@click.option("--quick", is_flag=True, help="Two cases an op, 5 rounds, no torch.compile, float32 unless --dtype says otherwise.")
+@click.option("--tuned-malloc", is_flag=True, help="Run with glibc told to keep large blocks, so that neither side pays for fresh pages.")
+@click.option("--out", "folder", type=click.Path(path_type=Path), default=None, help="Write CSV, plots and a Markdown report into this folder.")
+@json_option
+def command(
+    ops: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    device: str | None,
+    threads: int | None,
+    cases: tuple[str, ...],
+    backward: bool,
+    compiled: bool,
+    rounds: int,
+    quick: bool,
+    tuned_malloc: bool,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Time ops against eager, torch.compile, their peers and the machine's roofs, interleaved in one process.
+
+    A row is written only if that contender's output and gradients were right in this very run. Without OP, every op.
+    """
+    if tuned_malloc and report.malloc_setting() != "tuned":
+        # glibc reads these when the process starts.
+        os.execve(sys.executable, [sys.executable, "-m", "vitkernels", *sys.argv[1:]], {**os.environ, **report.TUNED_MALLOC})
+    target = device_of(device)
+    set_threads(threads)
+    try:
+        specs = [registry.get(name) for name in ops] if ops else list(registry.all_specs().values())
+    except ValueError as error:
+        raise CliError(str(error)) from error
+    if folder is not None:
+        folder = report.results_folder(folder)
+    wanted = [dtype_of(name) for name in dtypes or (("float32",) if quick else ("float32", "bfloat16"))]
+    plan = list(benchmark.plan(specs, wanted, backward, cases, quick))
+    if not plan:
+        names = dict.fromkeys(case.name for spec in specs for case in spec.bench_cases)
+        raise CliError(f"no case holds {', '.join(cases)}; there are {', '.join(names)}")
+
+    rows: list[Row] = []
+    refused: list[Refused] = []
+    with steps(len(plan)) as progress:
+        for spec, case, dtype, with_backward in plan:
+            progress.start(f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')}{' forward+backward' if with_backward else ''}")
+            try:
+                good, bad = benchmark.bench_case(
+                    spec, case, dtype, target, backward=with_backward, compiled=compiled and not quick, rounds=min(rounds, 5) if quick else rounds
+                )
+            except torch.OutOfMemoryError:
+                mode = "forward+backward" if with_backward else "forward"
+                good, bad = [], [Refused(spec.name, case.name, str(dtype).removeprefix("torch."), mode, EAGER, "out of memory", wrong=False)]
+            rows += good
+            refused += bad
+            progress.advance()
+
+    origin = report.provenance(target)
+    if folder is not None:
+        write(folder, rows, refused, origin)
+    if as_json:
+        print_json({"provenance": origin, "rows": [asdict(r) for r in rows], "refused": [asdict(r) for r in refused]})
+    else:
+        _show(rows, refused)
+        if folder is not None:
+            out.print(f"CSV, plots and report.md are in {folder}", highlight=False)
+    if any(r.wrong and r.variant.startswith(OURS) for r in refused):
+        raise click.exceptions.Exit(1)
+
+
+def _groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by (op, mode, dtype), in order."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.mode, row.dtype), []).append(row)
+    return groups
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    return (
+        row.case,
+        row.variant,
+        row.backend,
+        *(report.milliseconds(value) for value in (row.p20_ms, row.p50_ms, row.p80_ms)),
+        f"{row.speedup_p50:.2f}x",
+        "" if row.ours_speedup is None or row.variant == OURS else f"{row.ours_speedup:.2f}x",
+        share(row.gemm_fraction),
+        share(row.gemm32_fraction),
+        share(row.copy_fraction),
+        f"{row.error:.1e}",
+        f"{row.eager_error:.1e}",
+    )
+
+
+def _show(rows: list[Row], refused: list[Refused]) -> None:
+    for (op, mode, dtype), group in _groups(rows).items():
+        out.print(table(f"{op}, {mode}, {dtype}", _HEADERS, [_cells(row) for row in group], right=_HEADERS[3:]))
+    for r in refused:
+        err.print(f"no row for {r.variant} on {r.op} {r.case} {r.dtype} {r.mode}: {r.reason}", highlight=False, markup=False)
+
+
+def _rounds(group: list[Row]) -> str:
+    """How many rounds a table's numbers come from."""
+    kept = [row.rounds_kept for row in group]
+    sentence = f"{min(kept)} to {max(kept)} rounds kept a case, at most {max(row.rounds_discarded for row in group)} discarded."
+    weak = dict.fromkeys(row.case for row in group if row.weak)
+    return sentence + (f" Weak, with fewer than three undisturbed rounds: {', '.join(weak)}." if weak else "")
+
+
+def losing(rows: list[Row]) -> list[str]:
+    """Where not to use an op: the cases in which eager or another contender was faster than ours in the median."""
+    lines = []
+    for row in rows:
+        if row.ours_speedup is not None and not row.variant.startswith(OURS) and row.ours_speedup < 1:
+            lines.append(f"{row.op}, {row.case}, {row.dtype}, {row.mode}: {row.variant} is {1 / row.ours_speedup:.2f}x as fast")
+    return lines
+
+
+def write(folder: Path, rows: list[Row], refused: list[Refused], origin: dict[str, Any]) -> None:
+    """CSV, one plot an op, and the Markdown report. Names carry the malloc setting, so that both runs fit in one folder."""
+    suffix = "" if origin["malloc"] == "default" else f"-{origin['malloc']}-malloc"
+    report.write_csv(folder / f"bench{suffix}.csv", [asdict(row) for row in rows], origin, COLUMNS)
+    text = ["# vitkernels bench", "", report.origin_sentence(origin), ""]
+    text += [
+        "Speed is eager's time by the contender's, taken inside each round of an interleaved run; the median. *of gemm*: the algorithm's",
+        "arithmetic by the time, against a square `torch.mm` in the same dtype (and in float32) in the same rounds; forward+backward counts three",
+        "forwards. *of copy*: the least memory traffic against a copy of as many bytes. *error*: the largest error against float64 by the largest",
+        "value, of the output or gradient that is nearest to the limit (twice eager's own error, plus rounding).",
+        "",
+    ]
+    for op in dict.fromkeys(row.op for row in rows):
+        panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+        text += [f"## {op}", "", f"![speed of {op}]({op}{suffix}.png)", ""]
+        for (name, mode, dtype), group in _groups(rows).items():
+            if name != op:
+                continue
+            panel = panels.setdefault(f"{mode}, {dtype}", {})
+            for row in group:
+                if row.variant != EAGER:
+                    panel.setdefault(row.case, {})[row.variant] = (row.speedup_p20, row.speedup_p50, row.speedup_p80)
+            text += [f"### {mode}, {dtype}", "", report.markdown_table(_HEADERS, map(_cells, group)), "", _rounds(group), ""]
+        report.bars(folder / f"{op}{suffix}.png", panels, "times as fast as eager (median; whiskers p20 and p80)", baseline=1.0)
+    lost = losing(rows)
+    text += ["## Where not to use it", "", *([f"- {line}" for line in lost] or ["No contender was faster than ours in this run."]), ""]
+    if refused:
+        text += ["## No row", "", *(f"- {r.variant} on {r.op}, {r.case}, {r.dtype}, {r.mode}: {r.reason}" for r in refused), ""]
+    (folder / f"report{suffix}.md").write_text("\n".join(text))

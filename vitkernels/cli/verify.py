@@ -1,0 +1,161 @@
+"""``vitkernels verify``: proof, on this very machine, that each kernel is right and not slower than eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import click
+import torch
+
+from vitkernels import accuracy, backends, bench, proof, registry, timing
+from vitkernels.cli._common import err, json_option, out, print_json, set_threads, steps, table, threads_option, verdict
+from vitkernels.registry import OpSpec
+
+_TIMED_DTYPE = torch.float32
+
+
+@dataclass
+class Proof:
+    """What was found for one op on one backend and device.
+
+    Attributes:
+        checked: tensors (outputs and gradients) that were compared with float64.
+        wrong: those that broke the rule, in words.
+        worst: the largest error as a fraction of what the rule allows.
+        speedups: paired speed against eager by case and mode: (p20, p50, p80).
+        stamped: ``auto`` takes the kernel on this GPU from now on.
+    """
+
+    op: str
+    backend: str
+    device: str
+    checked: int = 0
+    worst: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+    speedups: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    stamped: bool = False
+
+    @property
+    def slower(self) -> list[str]:
+        """The cases where eager is faster even at the 80th percentile."""
+        return [case for case, (_, _, p80) in self.speedups.items() if p80 < 1]
+
+    @property
+    def earned(self) -> bool:
+        """Whether this is proof enough for ``auto`` to take the kernel: it was checked and timed, it is right, and nowhere slower."""
+        return self.checked > 0 and bool(self.speedups) and not self.wrong and not self.slower
+
+
+def targets() -> Iterator[tuple[OpSpec, str, torch.device]]:
+    """Every kernel that can run on the hardware here."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for spec in registry.all_specs().values():
+        for device in devices:
+            for name in backends.BACKENDS:
+                if name != "reference" and any(backends.why_not(spec.name, name, device, d) is None for d in bench.DTYPES.values()):
+                    yield spec, name, device
+
+
+def check(spec: OpSpec, backend: str, device: torch.device, result: Proof) -> None:
+    """Hold every registry sample, its output and every gradient, to the accuracy rule in every dtype of the backend."""
+    small = backend == "triton" and device.type == "cpu"
+    for dtype_name, dtype in bench.DTYPES.items():
+        if backends.why_not(spec.name, backend, device, dtype) is not None:
+            continue
+        for sample in spec.samples(dtype, str(device), grad=True, small=small):
+            where = f"{dtype_name}, {sample.name}"
+            judge = accuracy.Judge(spec.reference, sample, spec.function)
+            try:
+                with backends.backend(backend):
+                    comparisons = judge(spec.function)
+            except Exception as error:  # a kernel that does not compile or launch here is a finding, not the end of the run
+                result.wrong.append(f"{where}: {bench.first_line(error)}")
+                continue
+            result.checked += len(comparisons)
+            result.worst = max([result.worst, *(c.badness for c in comparisons)])
+            result.wrong += [f"{where}: {c.name} is off by {c.error:.2e}, eager by {c.eager_error:.2e}" for c in comparisons if not c.holds]
+
+
+def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds: int) -> None:
+    """Time forward and forward+backward against eager, interleaved, on the registry's bench cases."""
+    for case in spec.bench_cases:
+        for mode in ("forward", "forward+backward"):
+            copies = timing.cold_copies(case.elements_moved * _TIMED_DTYPE.itemsize, device)
+            samples = [case.make(_TIMED_DTYPE, str(device)) for _ in range(copies)]
+            grad_output = None
+            if mode != "forward":
+                samples = [accuracy.with_grad(sample) for sample in samples]
+                with torch.no_grad():
+                    grad_output = accuracy.output_gradient(spec.reference(*samples[0].args, **samples[0].kwargs))
+            calls = {name: bench.step(function, samples, grad_output) for name, function in (("ours", spec.function), ("eager", spec.reference))}
+            with torch.set_grad_enabled(grad_output is not None):
+                measured = timing.interleave(calls, rounds=rounds, budget=5.0, device=device, contexts={"ours": partial(backends.backend, backend)})
+            speedup = measured.speedup("ours", over="eager")
+            result.speedups[f"{case.name}, {mode}"] = (speedup.p20, speedup.p50, speedup.p80)
+
+
+@click.command("verify")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timing rounds a case.")
+@threads_option
+@json_option
+def command(rounds: int, threads: int | None, as_json: bool) -> None:
+    """Prove every kernel on the hardware found here.
+
+    Each output and each gradient is compared with float64: a kernel may be at most twice as far off as eager PyTorch in the same dtype. Then a short
+    timing against eager. A GPU kernel that is right and nowhere slower becomes the default on this GPU. Exit code 1 if anything is wrong.
+    """
+    set_threads(threads)
+    found = list(targets())
+    results = []
+    with steps(2 * len(found)) as progress:
+        for spec, backend, device in found:
+            result = Proof(spec.name, backend, str(device))
+            results.append(result)
+            progress.start(f"checking {spec.name} on {backend} ({device})")
+            check(spec, backend, device, result)
+            progress.advance()
+            interpreted = backend == "triton" and device.type == "cpu"
+            if not result.wrong and not interpreted:
+                progress.start(f"timing {spec.name} on {backend} ({device})")
+                race(spec, backend, device, result, rounds)
+            progress.advance()
+            if device.type == "cuda" and result.earned:
+                proof.write_stamp(spec.name, backend, device)
+                result.stamped = True
+
+    wrong = [line for result in results for line in (f"{result.op} on {result.backend}: {w}" for w in result.wrong)]
+    if as_json:
+        print_json({"ok": not wrong, "proofs": [{**asdict(r), "slower": r.slower} for r in results]})
+    else:
+        _show(results)
+        for line in wrong:
+            err.print(f"[bold red]wrong[/bold red] {line}", highlight=False)
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+def _show(results: list[Proof]) -> None:
+    rows = []
+    for r in results:
+        medians = [p50 for _, p50, _ in r.speedups.values()]
+        speed = f"{min(medians):.2f}x to {max(medians):.2f}x" if medians else "not timed"
+        rows.append((r.op, r.backend, r.device, verdict(not r.wrong), str(r.checked), f"{r.worst:.0%}", speed, _outcome(r)))
+    if not results:
+        out.print("No kernel can run here, so there is nothing to verify: `vitkernels doctor` says what is missing.", highlight=False)
+        return
+    headers = ("op", "backend", "device", "right", "tensors", "worst error", "against eager", "auto")
+    out.print(table("Kernels against float64, and against eager", headers, rows, right=("tensors", "worst error")))
+    out.print("worst error: of what the rule allows (twice eager's own error, plus rounding). against eager: the slowest and the fastest case.")
+
+
+def _outcome(result: Proof) -> str:
+    """What the proof means for the automatic choice."""
+    if not result.device.startswith("cuda"):
+        if result.backend == "triton":
+            return "does not take it: Triton's interpreter is for tests"
+        return "takes it, and should not: VITKERNELS_BACKEND=reference avoids it" if result.wrong else "takes it"
+    if result.stamped:
+        return "takes it on this GPU from now on"
+    return "does not take it: wrong" if result.wrong else f"does not take it: slower on {'; '.join(result.slower)}"

@@ -1,0 +1,5 @@
+"""Modules for people who build models."""
+
+from vitkernels.nn.separable import SeparableSelfAttention
+
+__all__ = ["SeparableSelfAttention"]

@@ -1,0 +1,8 @@
+"""The functional API: drop-in ops in PyTorch's layouts and names. Nothing else lives here.
+
+Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation the README.md beside it.
+"""
+
+from vitkernels.ops.separable.op import separable_attention, separable_self_attention
+
+__all__ = ["separable_attention", "separable_self_attention"]

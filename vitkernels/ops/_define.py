@@ -1,0 +1,103 @@
+"""How a differentiable op enters torch.library: written once, used by every op.
+
+Each op exists in two namespaces with one schema: ``vitkernels`` holds the compiled kernels (C++ on the CPU, CUDA C++ on a GPU) and
+``vitkernels_triton`` the Triton ones. Two namespaces instead of one, because under Triton's interpreter both kinds take CPU tensors and one
+dispatch key holds one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILED = torch.library.Library("vitkernels", "DEF")
+TRITON = torch.library.Library("vitkernels_triton", "DEF")
+_LIBRARIES = {"vitkernels": COMPILED, "vitkernels_triton": TRITON}
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def define(
+    name: str,
+    *,
+    schema: str,
+    backward_schema: str,
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Define ``<namespace>::<name>`` and ``<namespace>::<name>_backward`` with fakes, autograd and autocast, in both namespaces.
+
+    Args:
+        schema, backward_schema: the part after the name, ``(Tensor x, ...) -> (...)``.
+        fake, backward_fake: shape functions.
+        setup_context: as for :func:`torch.library.register_autograd`.
+        backward: ``backward(op, ctx, *grads)`` with ``op`` the namespace's own ``<name>_backward``.
+    """
+    for namespace, library in _LIBRARIES.items():
+        library.define(name + schema, tags=_TAGS)
+        library.define(name + "_backward" + backward_schema, tags=_TAGS)
+        forward_op = getattr(getattr(torch.ops, namespace), name).default
+        backward_op = getattr(getattr(torch.ops, namespace), name + "_backward").default
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}_backward", backward_fake, lib=library)
+
+        def run_backward(ctx: Any, *grads: Any, _op: Any = backward_op) -> Any:
+            return backward(_op, ctx, *grads)
+
+        torch.library.register_autograd(f"{namespace}::{name}", run_backward, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
+        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+            library.impl(name, _autocast(forward_op, key, device), key)
+
+
+def _no_double_backward(name: str) -> Callable[..., Any]:
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"vitkernels::{name} has no second derivative; compute it with vitkernels.backend('reference'), which PyTorch differentiates any number of times"
+        )
+
+    return raise_error
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype autocast would cast to on this device type, or ``None`` outside autocast."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocast(op: Any, key: str, device: str) -> Callable[..., Any]:
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op(*(cast(a, dtype) for a in args), **{k: cast(v, dtype) for k, v in kwargs.items()})
+
+    return run
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` in the autocast dtype, by the rule of ``F.linear``: floating tensors other than float64 are cast, the rest pass."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64):
+        return value.to(dtype)
+    return value
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """True if autograd has to see this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def call(op: Any, needs_autograd: bool, *args: Any) -> Any:
+    """Call an op; below autograd if no gradient is wanted.
+
+    A Python autograd registration costs about ten microseconds a call even when nothing requires a gradient: as much as the whole kernel on
+    the small maps of a MobileViTv2 at batch 1. Skipping it is only a shortcut; the op is the same.
+    """
+    if needs_autograd or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

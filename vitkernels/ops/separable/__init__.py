@@ -1,0 +1,1 @@
+"""Separable self-attention of MobileViTv2."""

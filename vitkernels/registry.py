@@ -1,0 +1,109 @@
+"""The list of ops. Contract tests, benchmarks, ``vitkernels verify``, ``doctor`` and the README's table all read it, so nothing is listed twice.
+
+An op enters by one :class:`OpSpec`, built in ``ops/<family>/spec.py`` and imported in :func:`all_specs`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Reason = str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: ``spec.function(*args, **kwargs)``.
+
+    ``args`` hold fresh tensors whose ``requires_grad`` is already set where the op is differentiable.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A call that must fail, with the exception and words that the message must hold (argument, what it has, what it needs)."""
+
+    name: str
+    sample: Sample
+    exception: type[Exception]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """A shape worth timing.
+
+    Attributes:
+        name: what a report prints, for example ``B1 d128 N256``.
+        make: builds the call's sample for a dtype and device.
+        flops: arithmetic the algorithm needs (not what eager spends); matrix multiplications only.
+        bytes: least memory traffic in bytes per element size 1, multiplied by the element size by the caller.
+    """
+
+    name: str
+    make: Callable[[torch.dtype, str], Sample]
+    flops: int
+    elements_moved: int
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Everything the house knows about one op.
+
+    Attributes:
+        name: the name under :mod:`vitkernels.ops`; the schema is ``vitkernels::<name>``.
+        family: the folder under ``vitkernels/ops``.
+        function: the public function.
+        reference: the same signature in plain PyTorch: the definition.
+        summary: one line for tables, with the paper.
+        samples: contract samples for a dtype and device, hostile shapes included. ``grad=True`` sets ``requires_grad``.
+        bad_inputs: calls that must be refused.
+        bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/``.
+        peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
+        saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    summary: str
+    samples: Callable[..., Iterator[Sample]]
+    bad_inputs: Callable[[], Iterator[BadInput]]
+    bench_cases: tuple[BenchCase, ...]
+    saved_bytes: Callable[[Sample], int]
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+@functools.cache
+def all_specs() -> dict[str, OpSpec]:
+    """Every op's spec by name."""
+    from vitkernels.ops.separable import spec as separable
+
+    return {spec.name: spec for spec in (*separable.SPECS,)}
+
+
+def get(name: str) -> OpSpec:
+    """The spec of one op.
+
+    Raises:
+        ValueError: no such op; the message lists near matches.
+    """
+    specs = all_specs()
+    if name not in specs:
+        import difflib
+
+        near = difflib.get_close_matches(name, specs, n=3, cutoff=0.3) or sorted(specs)
+        raise ValueError(f"no op named {name!r}; did you mean {', '.join(near)}?")
+    return specs[name]
