@@ -156,8 +156,8 @@ def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> 
     return wanted
 
 
-# What torch.compiler.assume_constant_result does, without importing all of torch._dynamo for it (that would double the import time of vitkernels): the choice is
-# made once per compiled graph. `_requested`, an argument, is guarded.
+# What torch.compiler.assume_constant_result does, without importing all of torch._dynamo for it (that would double the import time of vitkernels):
+# the choice is made once per compiled graph. `_requested`, an argument, is guarded.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -174,7 +174,9 @@ def select(op: str, tensor: torch.Tensor) -> str:
         return "reference"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         if _requested not in ("auto", "reference"):
-            raise BackendUnavailable(f"backend {_requested!r} cannot run {op}: forward-mode differentiation and torch.func transforms need the reference")
+            raise BackendUnavailable(
+                f"backend {_requested!r} cannot run {op}: forward-mode differentiation and torch.func transforms need the reference"
+            )
         return "reference"
     return _resolve(op, _requested, tensor.device, tensor.dtype)
 

@@ -15,7 +15,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> backends
 
     Args:
         op: a function of :mod:`vitkernels.ops`, or its name.
-        *args, **kwargs: what you would call it with. Nothing is computed.
+        *args: what you would call it with. Nothing is computed.
+        **kwargs: likewise.
 
     Returns:
         An :class:`~vitkernels.backends.Explanation`; printing it gives a table.

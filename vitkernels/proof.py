@@ -16,16 +16,10 @@ from typing import Any
 import torch
 
 from vitkernels._version import __version__
+from vitkernels.builder import cache_dir
 
 # (op, backend, architecture such as "sm_90") -> the committed results file that shows it.
 COMMITTED: dict[tuple[str, str, str], str] = {}
-
-
-def cache_dir() -> Path:
-    """The user's cache directory for vitkernels: ``$VITKERNELS_CACHE``, else ``$XDG_CACHE_HOME/vitkernels``, else ``~/.cache/vitkernels``."""
-    if override := os.environ.get("VITKERNELS_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitkernels"
 
 
 def architecture(device: torch.device) -> str:
@@ -62,6 +56,7 @@ def stamp_key(device: torch.device) -> dict[str, str]:
 
 
 def stamp_path() -> Path:
+    """The file with this user's stamps."""
     return cache_dir() / "verified.json"
 
 

@@ -27,6 +27,7 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the arguments, in order."""
         return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, torch.Tensor)]
 
 

@@ -18,35 +18,31 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-// A stack of blocks within one allocation; what does not fit is allocated by itself, and the stack grows to fit once it is empty.
+// A stack of blocks within one allocation. What does not fit is allocated by itself, and once the stack is empty it grows to the most that was ever in use.
 struct Arena {
   char* base = nullptr;
-  int64_t capacity = 0, used = 0, wanted = 0, open = 0;
+  int64_t capacity = 0, used = 0, live = 0, peak = 0;
 
   ~Arena() { std::free(base); }
 
   void* acquire(int64_t bytes) {
-    if (open == 0) {
-      if (wanted > capacity) {
-        std::free(base);
-        base = nullptr;  // stays consistent if the next line throws
-        capacity = 0;
-        base = static_cast<char*>(allocate(wanted));
-        capacity = wanted;
-      }
-      wanted = 0;
+    if (live == 0 && peak > capacity) {
+      std::free(base);
+      base = nullptr;  // stays consistent if the next line throws
+      capacity = 0;
+      base = static_cast<char*>(allocate(peak));
+      capacity = peak;
     }
-    ++open;
-    wanted += bytes;  // an upper bound on the peak: it forgets releases
-    if (wanted > kMostKept) wanted = kMostKept;
-    if (used + bytes > capacity) return allocate(bytes);
-    void* memory = base + used;
-    used += bytes;
+    const bool fits = used + bytes <= capacity;
+    void* memory = fits ? base + used : allocate(bytes);
+    if (fits) used += bytes;
+    live += bytes;
+    if (live > peak) peak = live < kMostKept ? live : kMostKept;
     return memory;
   }
 
   void release(void* memory, int64_t bytes) {
-    --open;
+    live -= bytes;
     if (memory >= base && memory < base + capacity) {
       used -= bytes;
     } else {

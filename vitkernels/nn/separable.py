@@ -20,7 +20,8 @@ class SeparableSelfAttention(nn.Module):
 
     Shape: input and output are [B, d, P, N], or [B, d, H, W] with ``patch_size``.
 
-    The parameters are named and shaped as in timm's ``LinearSelfAttention`` (``qkv_proj``, ``out_proj``: 1x1 convolutions), so checkpoints load both ways.
+    The parameters are named and shaped as in timm's ``LinearSelfAttention`` (``qkv_proj``, ``out_proj``: 1x1 convolutions), so checkpoints load
+    both ways.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SeparableSelfAttention(nn.Module):
         self.out_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, d, P, N] or, with ``patch_size``, [B, d, H, W]; the output has the shape of ``x``."""
         out = ops.separable_self_attention(
             x,
             self.qkv_proj.weight,
@@ -57,4 +59,5 @@ class SeparableSelfAttention(nn.Module):
         return self.out_drop(out)
 
     def extra_repr(self) -> str:
+        """What ``print`` shows beside the class."""
         return f"embed_dim={self.embed_dim}, attn_dropout={self.attn_dropout}, patch_size={self.patch_size}"

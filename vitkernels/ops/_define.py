@@ -32,8 +32,11 @@ def define(
     """Define ``<namespace>::<name>`` and ``<namespace>::<name>_backward`` with fakes, autograd and autocast, in both namespaces.
 
     Args:
-        schema, backward_schema: the part after the name, ``(Tensor x, ...) -> (...)``.
-        fake, backward_fake: shape functions.
+        name: of the op.
+        schema: the part after the name, ``(Tensor x, ...) -> (...)``.
+        backward_schema: the same of ``<name>_backward``.
+        fake: shape function of the op.
+        backward_fake: shape function of its backward.
         setup_context: as for :func:`torch.library.register_autograd`.
         backward: ``backward(op, ctx, *grads)`` with ``op`` the namespace's own ``<name>_backward``.
     """
@@ -57,7 +60,7 @@ def define(
 def _no_double_backward(name: str) -> Callable[..., Any]:
     def raise_error(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"vitkernels::{name} has no second derivative; compute it with vitkernels.backend('reference'), which PyTorch differentiates any number of times"
+            f"vitkernels::{name} has no second derivative; vitkernels.backend('reference') has: PyTorch differentiates it any number of times"
         )
 
     return raise_error

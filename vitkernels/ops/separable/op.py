@@ -162,7 +162,9 @@ def _check_projection(op: str, name: str, weight: Tensor, needs: str, rows: int,
     _check.is_tensor(op, name, weight, needs)
     _check.strided(op, name, weight)
     if weight.shape not in ((rows, columns), (rows, columns, 1, 1)):
-        raise ValueError(f"{op}: {name} has shape {_check.shape_of(weight)}; it must be {needs} = [{rows}, {columns}] for d = {columns}, the channels of x")
+        raise ValueError(
+            f"{op}: {name} has shape {_check.shape_of(weight)}; it must be {needs} = [{rows}, {columns}] for d = {columns}, the channels of x"
+        )
 
 
 def _check_bias(op: str, name: str, bias: Tensor | None, symbols: str, length: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def separable_attention(q: Tensor, k: Tensor, v: Tensor, *, score_scale: Tensor | None = None) -> Tensor:
+    """As :func:`vitkernels.ops.separable_attention`; ``score_scale`` [B, 1, P, N] multiplies the scores (dropout)."""
     scores = torch.softmax(q, dim=-1)  # [B, 1, P, N]
     if score_scale is not None:
         scores = scores * score_scale
@@ -54,6 +55,7 @@ def separable_self_attention(
     training: bool = False,
     patch_size: int | tuple[int, int] | None = None,
 ) -> Tensor:
+    """As :func:`vitkernels.ops.separable_self_attention`."""
     dim = x.shape[1]
     if isinstance(patch_size, int):
         patch_size = (patch_size, patch_size)
@@ -63,4 +65,4 @@ def separable_self_attention(
     score_scale = F.dropout(torch.ones_like(q), dropout_p, training) if training and dropout_p > 0 else None
     out = separable_attention(q, k, v, score_scale=score_scale)
     out = _project(out, out_weight, out_bias)
-    return out if patch_size is None else fold(out, patch_size, tuple(x.shape[2:]))
+    return out if patch_size is None else fold(out, patch_size, (x.shape[2], x.shape[3]))

@@ -60,7 +60,7 @@ def _core_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False
     generator = torch.Generator().manual_seed(0)
 
     def make(name: str, shape: tuple[int, ...], arrange: Any = lambda t: t) -> Sample:
-        batch, dim, positions, patches = shape
+        batch, _, positions, patches = shape
         q = torch.randn(batch, 1, positions, patches, generator=generator, dtype=torch.float64) * 3
         k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
         return Sample(name, tuple(_leaf(arrange(t.to(dtype)), device, grad) for t in (q, k, v)))
@@ -106,10 +106,10 @@ def _self_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False
     make = functools.partial(_self_sample, dtype=dtype, device=device, grad=grad)
     for index, shape in enumerate(_SHAPES[:8] if small else _SHAPES):
         yield make("x".join(map(str, shape)), shape, bias=index % 3 != 2, conv=index % 2 == 0, seed=index)
-    for index, (*shape, patch) in enumerate(_MAPS[:4] if small else _MAPS):
+    for index, (*size, patch) in enumerate(_MAPS[:4] if small else _MAPS):
         for layout in ("contiguous", "channels_last"):
             arrange = (lambda t: t) if layout == "contiguous" else (lambda t: t.contiguous(memory_format=torch.channels_last))
-            yield make(f"map {'x'.join(map(str, shape))} {layout}", tuple(shape), arrange=arrange, seed=index, patch_size=patch)
+            yield make(f"map {'x'.join(map(str, size))} {layout}", tuple(size), arrange=arrange, seed=index, patch_size=patch)
     for name in ("channels_last", "transposed", "strided", "expanded"):
         yield make(name, (2, 12, 4, 18), arrange=lambda t, name=name: dict(_layouts(t))[name])
         yield make(f"map {name}", (2, 12, 4, 18), arrange=lambda t, name=name: dict(_layouts(t))[name], patch_size=2)
@@ -134,7 +134,13 @@ def _core_bad_inputs() -> Iterator[BadInput]:
 
 def _self_bad_inputs() -> Iterator[BadInput]:
     x = torch.randn(2, 8, 4, 6)
-    good = dict(x=x, qkv_weight=torch.randn(17, 8), qkv_bias=torch.randn(17), out_weight=torch.randn(8, 8), out_bias=torch.randn(8))
+    good = {
+        "x": x,
+        "qkv_weight": torch.randn(17, 8),
+        "qkv_bias": torch.randn(17),
+        "out_weight": torch.randn(8, 8),
+        "out_bias": torch.randn(8),
+    }
 
     def bad(name: str, exception: type[Exception], words: tuple[str, ...], kwargs: dict[str, Any] | None = None, **changes: Any) -> BadInput:
         return BadInput(name, Sample(name, tuple((good | changes).values()), kwargs or {}), exception, words)
@@ -146,7 +152,9 @@ def _self_bad_inputs() -> Iterator[BadInput]:
     yield bad("qkv_weight too short", ValueError, ("qkv_weight has shape [16, 8]", "[17, 8]"), qkv_weight=torch.randn(16, 8))
     yield bad("qkv_weight of a 3x3 conv", ValueError, ("qkv_weight has shape [17, 8, 3, 3]", "[17, 8]"), qkv_weight=torch.randn(17, 8, 3, 3))
     yield bad("qkv_weight missing", TypeError, ("qkv_weight is a NoneType",), qkv_weight=None)
-    yield bad("qkv_weight of another dtype", TypeError, ("qkv_weight has dtype torch.float64", "torch.float32"), qkv_weight=torch.randn(17, 8).double())
+    yield bad(
+        "qkv_weight of another dtype", TypeError, ("qkv_weight has dtype torch.float64", "torch.float32"), qkv_weight=torch.randn(17, 8).double()
+    )
     yield bad("qkv_bias too long", ValueError, ("qkv_bias has shape [18]", "[17]"), qkv_bias=torch.randn(18))
     yield bad("out_weight not square", ValueError, ("out_weight has shape [8, 9]", "[8, 8]"), out_weight=torch.randn(8, 9))
     yield bad("out_bias of another dtype", TypeError, ("out_bias has dtype torch.bfloat16", "torch.float32"), out_bias=torch.randn(8).bfloat16())
@@ -159,7 +167,15 @@ def _self_bad_inputs() -> Iterator[BadInput]:
 
 
 def _without_keys(
-    x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, out_weight: Tensor, out_bias: Tensor, *, dropout_p: float = 0.0, training: bool = False, patch_size: Any = None
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    patch_size: Any = None,
 ) -> Tensor:
     """The same algebra in plain PyTorch (no key per token): what a careful user could write today, and so the fair peer."""
     dim = x.shape[1]
@@ -171,7 +187,7 @@ def _without_keys(
     pooled = torch.einsum("bdpn,bpn->bpd", tokens, scores[:, 0])
     context = F.linear(pooled, w_k, b_k).transpose(1, 2)[..., None]  # [B, d, P, 1]
     out = F.conv2d(F.relu(F.conv2d(tokens, w_v[..., None, None], b_v)) * context, out_weight.reshape(dim, dim, 1, 1), out_bias)
-    return out if patch_size is None else reference.fold(out, patch_size, tuple(x.shape[2:]))
+    return out if patch_size is None else reference.fold(out, patch_size, (x.shape[2], x.shape[3]))
 
 
 def _self_case(batch: int, dim: int, positions: int, patches: int) -> BenchCase:
@@ -206,7 +222,7 @@ _BENCH_SHAPES = (
 
 
 def _core_saved(sample: Sample) -> int:
-    q, k, _ = sample.args
+    _, k, _ = sample.args
     batch, dim, positions, patches = k.shape
     return batch * positions * (patches + dim) * (8 if k.dtype is torch.float64 else 4)
 

@@ -868,9 +868,9 @@ def value_tile(dim: int, patches: int, dtype: torch.dtype) -> Tile:
 
 
 def input_tile(dim: int, dtype: torch.dtype) -> Tile:
-    """The backward's input kernel, a plain GEMM over d."""
+    """The backward's input kernel: a plain GEMM over d, whose epilogue holds as much again as its accumulator, so twice the warps."""
     edge = _power(dim, 16, _gemm_edge(dtype))
-    return Tile({"BLOCK_O": edge, "BLOCK_K": edge}, 4, registers=255)
+    return Tile({"BLOCK_O": edge, "BLOCK_K": edge}, _gemm_edge(dtype) // 8, registers=128)
 
 
 def weight_tile(dim: int, tokens: int, dtype: torch.dtype) -> Tile:
