@@ -117,10 +117,11 @@ void core_backward(const CoreBackward& a) {
   const int64_t N = a.patches, P = a.positions, padded = round_up(N, lanes);
   parallel(a.batch * P, [&](int64_t group) {
     const int64_t sample = group / P, position = group % P;
-    Buffer<T> scores(padded), score_grad(padded);
+    Buffer<T> scores(padded), score_grad(padded), part(padded);  // part: the sum over the last few channels, see LongSum
     std::memcpy(scores, static_cast<const T*>(a.scores) + group * N, static_cast<size_t>(N) * sizeof(T));
     for (int64_t n = N; n < padded; ++n) scores[n] = 0;
     zero<T>(score_grad, padded);
+    zero<T>(part, padded);
     const Tokens<S> grad = line_of<S>(a.grad_out, a.dim, N, sample, position);
     const Tokens<S> k = line_of<S>(a.k, a.dim, N, sample, position), v = line_of<S>(a.v, a.dim, N, sample, position);
     Buffer<T> row(padded);
@@ -135,18 +136,22 @@ void core_backward(const CoreBackward& a) {
         if (a.grad_v) put(static_cast<S*>(a.grad_v) + out + n, value > 0 ? g * context : Vec<T>{}, count);
       });
       const T context_grad = sum.value();
-      if (a.grad_q) for_vectors(k, c, [&](Vec<T> key, int64_t n, int64_t) { store(score_grad + n, load(score_grad + n) + key * context_grad); });
+      // About the mean key, which is the context: the softmax's backward subtracts it, and where one score is nearly 1 the difference of the sums
+      // would be mostly rounding.
+      if (a.grad_q) {
+        for_vectors(k, c, [&](Vec<T> key, int64_t n, int64_t) { store(part + n, load(part + n) + (key - context) * context_grad); });
+        if (c % 16 == 15 || c + 1 == a.dim) {
+          for (int64_t n = 0; n < padded; n += lanes) store(score_grad + n, load(score_grad + n) + load(part + n));
+          zero<T>(part, padded);
+        }
+      }
       if (a.grad_k) {
         for (int64_t n = 0; n < N; n += lanes) put(static_cast<S*>(a.grad_k) + out + n, load(scores + n) * context_grad, min_of(lanes, N - n));
       }
     }
     if (!a.grad_q) return;
-    // From the same rounded score gradients it is subtracted from: where one score dominates, the closed form (context_grad . context) would not cancel.
-    LongSum<T> sum;
-    for (int64_t n = 0; n < N; n += lanes) sum.add(load(scores + n) * load(score_grad + n));
-    const T softmax_dot = sum.value();
     for (int64_t n = 0; n < N; n += lanes) {
-      put(static_cast<S*>(a.grad_q) + group * N + n, load(scores + n) * (load(score_grad + n) - softmax_dot), min_of(lanes, N - n));
+      put(static_cast<S*>(a.grad_q) + group * N + n, load(scores + n) * load(score_grad + n), min_of(lanes, N - n));
     }
   });
 }

@@ -50,7 +50,7 @@ separable::Map map_of(const Tensor& tensor) {
 
 const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::clone(tensor); }
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt; }
 
 void check_same(const Tensor& tensor, const Tensor& like, const char* name) {
