@@ -136,7 +136,7 @@ void core_backward(const CoreBackward& a) {
         if (a.grad_v) put(static_cast<S*>(a.grad_v) + out + n, value > 0 ? g * context : Vec<T>{}, count);
       });
       const T context_grad = sum.value();
-      // About the mean key, which is the context: the softmax's backward subtracts it, and where one score is nearly 1 the difference of the sums
+      // About the mean key, which is the context: the softmax's backward subtracts it, and where one score is nearly 1 the difference of whole sums
       // would be mostly rounding.
       if (a.grad_q) {
         for_vectors(k, c, [&](Vec<T> key, int64_t n, int64_t) { store(part + n, load(part + n) + (key - context) * context_grad); });
@@ -150,8 +150,12 @@ void core_backward(const CoreBackward& a) {
       }
     }
     if (!a.grad_q) return;
+    // What is left to subtract is the rounding of the context, the same for all n.
+    LongSum<T> rest;
+    for (int64_t n = 0; n < padded; n += lanes) rest.add(load(scores + n) * load(score_grad + n));
+    const T offset = rest.value();
     for (int64_t n = 0; n < N; n += lanes) {
-      put(static_cast<S*>(a.grad_q) + group * N + n, load(scores + n) * load(score_grad + n), min_of(lanes, N - n));
+      put(static_cast<S*>(a.grad_q) + group * N + n, load(scores + n) * (load(score_grad + n) - offset), min_of(lanes, N - n));
     }
   });
 }
