@@ -42,11 +42,10 @@ struct Dots {
   const BFloat16 *value_transposed, *out_transposed;
 };
 
-template <class S>
+template <class S, int kVectors>
 struct SelfBackwardPass {
   using T = Arith<S>;
-  static constexpr int64_t tile = kBackwardTile<T>, lanes = kLanes<T>;
-  static constexpr int kVectors = tile / lanes;
+  static constexpr int64_t lanes = kLanes<T>, tile = kVectors * lanes;
   static constexpr bool kInPlace = std::is_same_v<S, T>;  // grad_x itself can carry the first pass's result without rounding
 
   const SelfBackward& a;
@@ -198,10 +197,11 @@ struct SelfBackwardPass {
   }
 };
 
-template <class S>
-void self_backward(const SelfBackward& a) {
+template <class S, int kVectors>
+void self_backward_tiled(const SelfBackward& a) {
   using T = Arith<S>;
-  constexpr int64_t tile = kBackwardTile<T>, lanes = kLanes<T>;
+  using Pass = SelfBackwardPass<S, kVectors>;
+  constexpr int64_t lanes = kLanes<T>, tile = kVectors * lanes;
   const int64_t tokens = a.height * a.width, per_sample = ceil_div(tokens, tile), dim = a.dim, padded_dim = round_up(dim, lanes);
   const Groups groups(a, per_sample * tile);
   const int64_t P = groups.count, stride = context_stride<T>(P);
@@ -237,11 +237,18 @@ void self_backward(const SelfBackward& a) {
   Buffer<T> context(a.batch * dim * stride);
   compute_context<S>(a, w, pooled, mass, P, context);
 
-  // W_k padded to whole vectors, for products along its columns.
-  Buffer<T> key_weight(dim * padded_dim);
-  for (int64_t r = 0; r < dim; ++r) {
-    upcast(w.key + r * dim, dim, key_weight + r * padded_dim);
-    for (int64_t c = dim; c < padded_dim; ++c) key_weight[r * padded_dim + c] = 0;
+  // W_k in rows of whole vectors, for products along its columns: as it is, where it is so.
+  const bool copy_key = !Pass::kInPlace || dim != padded_dim;
+  Buffer<T> key_copy(copy_key ? dim * padded_dim : 0);
+  const T* key_weight = key_copy;
+  if constexpr (Pass::kInPlace) {
+    if (!copy_key) key_weight = w.key;
+  }
+  if (copy_key) {
+    parallel(dim, [&](int64_t r) {
+      upcast(w.key + r * dim, dim, key_copy + r * padded_dim);
+      for (int64_t c = dim; c < padded_dim; ++c) key_copy[r * padded_dim + c] = 0;
+    });
   }
 
   // Samples go in rounds: enough of them to feed every worker, few enough that the first pass's grad_x is still in cache in the second.
@@ -249,20 +256,22 @@ void self_backward(const SelfBackward& a) {
   const int64_t round = min_of(max_of<int64_t>(a.batch, 1), max_of<int64_t>(threads, ceil_div(2 * threads, max_of<int64_t>(per_sample, 1))));
   const int64_t workers = max_of<int64_t>(1, min_of(threads, round * per_sample));
   Buffer<T> sums_memory(workers * WeightSums<T>::size(dim));
-  zero<T>(sums_memory, workers * WeightSums<T>::size(dim));
   Buffer<T> all_context_grad(a.batch * P * dim), worker_context_grad(workers * round * P * dim);
   Buffer<T> pooled_grad(round * dim * stride), pooled_grad_rows(round * P * padded_dim), mean(round * dim * stride), mean_grad(round * P);
-  Buffer<T> partial_x(SelfBackwardPass<S>::kInPlace || !a.grad_x.data ? 0 : round * per_sample * dim * tile);
+  Buffer<T> partial_x(Pass::kInPlace || !a.grad_x.data ? 0 : round * per_sample * dim * tile);
   const int64_t panel_memory = 4 * dim * tile + tile * padded_dim;
   Buffer<T> panels(workers * panel_memory);
-  const SelfBackwardPass<S> pass{a, groups, w, value_weight, out_weight, tokens, per_sample, dim, padded_dim, stride, partial_x, use_dots ? &dots : nullptr};
+  const Pass pass{a, groups, w, value_weight, out_weight, tokens, per_sample, dim, padded_dim, stride, partial_x, use_dots ? &dots : nullptr};
 
+  if (a.batch == 0) zero<T>(sums_memory, workers * WeightSums<T>::size(dim));
   for (int64_t start = 0; start < a.batch; start += round) {
     const int64_t samples = min_of(round, a.batch - start), tasks = samples * per_sample;
     parallel(workers, [&](int64_t worker) {
       T* own = worker_context_grad + worker * round * P * dim;
       zero(own, round * P * dim);
-      const WeightSums<T> sums(sums_memory + worker * WeightSums<T>::size(dim), dim);
+      T* own_sums = sums_memory + worker * WeightSums<T>::size(dim);
+      if (start == 0) zero(own_sums, WeightSums<T>::size(dim));
+      const WeightSums<T> sums(own_sums, dim);
       const Range range = share(tasks, worker, workers);
       for (int64_t i = range.begin; i < range.end; ++i) {
         const int64_t slot = i / per_sample, sample = start + slot;
@@ -280,7 +289,7 @@ void self_backward(const SelfBackward& a) {
         for (int64_t c = 0; c < dim; ++c) total[c] += own[c];
       }
       T* rows = pooled_grad_rows + g * padded_dim;
-      gemm<T>(1, dim, padded_dim / lanes, total, dim, 1, key_weight, padded_dim, [&](int64_t, int64_t vector, Vec<T> acc) {
+      gemm<T>(1, dim, padded_dim / lanes, static_cast<const T*>(total), dim, 1, key_weight, padded_dim, [&](int64_t, int64_t vector, Vec<T> acc) {
         store(rows + vector * lanes, acc);
       });
       const int64_t sample = g / P, group = g % P;
@@ -354,6 +363,13 @@ void self_backward(const SelfBackward& a) {
     for (int64_t r = rows.begin; r < rows.end; ++r) write_row(weight + (1 + r) * dim, block + (r - rows.begin) * padded_dim);
     if (task == 0) store_scalar(bias, T(0));  // a softmax does not change when all its logits shift by b_q
   });
+}
+
+// Tiles of four vectors, to halve the traffic of the weight gradients they add to; of two where there would be fewer tiles than workers.
+template <class S>
+void self_backward(const SelfBackward& a) {
+  const int64_t wide_tiles = a.batch * ceil_div(a.height * a.width, 4 * kLanes<Arith<S>>);
+  return wide_tiles < num_threads() ? self_backward_tiled<S, 2>(a) : self_backward_tiled<S, 4>(a);
 }
 
 }  // namespace

@@ -11,12 +11,9 @@ namespace {
 
 using namespace separable;
 
-// Tokens of a forward tile: two vectors, the widest block the register file of gemm() holds. A tile of a backward pass is twice that, to halve the
-// traffic of the weight gradients it adds to.
+// Tokens of a forward tile: two vectors, the widest block the register file of gemm() holds.
 template <class T>
 constexpr int64_t kForwardTile = 2 * kLanes<T>;
-template <class T>
-constexpr int64_t kBackwardTile = 4 * kLanes<T>;
 // Forward tiles read and written together (see load_panels).
 constexpr int64_t kTilesPerStep = 4;
 
