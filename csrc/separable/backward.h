@@ -42,10 +42,11 @@ struct Dots {
   const BFloat16 *value_transposed, *out_transposed;
 };
 
-template <class S, int kVectors>
+template <class S, int64_t kTile>
 struct SelfBackwardPass {
   using T = Arith<S>;
-  static constexpr int64_t lanes = kLanes<T>, tile = kVectors * lanes;
+  static constexpr int64_t lanes = kLanes<T>, tile = kTile;
+  static constexpr int kVectors = tile / lanes;
   static constexpr bool kInPlace = std::is_same_v<S, T>;  // grad_x itself can carry the first pass's result without rounding
 
   const SelfBackward& a;
@@ -64,12 +65,12 @@ struct SelfBackwardPass {
     load_panels(tokens_of<S>(a.x, a, sample), first_token, count, x, tile);
     load_panels(tokens_of<S>(a.grad_y, a, sample), first_token, count, grad, tile);
     const auto keep_value = [&](int64_t row, int64_t vector, Vec<T> acc) { store(gated + row * tile + vector * lanes, relu(acc + w.value_bias[row])); };
-    // acc is the gradient of the gated values; their value is read, the gated values and the gradient of W_v x are written.
+    // acc is the gradient of the gated values; their value is read; the gated values, the gradient of W_v x and that of the context by token are written.
     const auto through_gate = [&](int64_t row, int64_t vector, Vec<T> acc) {
       const int j = static_cast<int>(vector);
       T* place = gated + row * tile + vector * lanes;
       const Vec<T> value = load(place), scale = lookup(context + row * stride, j);
-      lookup.scatter_add(context_grad + row, dim, j, acc * value);
+      store(transposed + row * tile + vector * lanes, acc * value);
       store(value_grad + row * tile + vector * lanes, value > 0 ? acc * scale : Vec<T>{});
       store(place, value * scale);
     };
@@ -97,6 +98,7 @@ struct SelfBackwardPass {
         gemm_bf16(dim, dim / 2, kVectors, w.value_source, dim, paired.get(), tile, keep_value);
         pair_panel(grad, dim, tile, paired);
         gemm_bf16(dim, dim / 2, kVectors, dots->out_transposed, dim, paired.get(), tile, through_gate);
+        add_groups(transposed, groups.at(first_token), context_grad);
         if (a.grad_out_weight) outer(grad, gated, sums.out);
         if (a.grad_qkv_weight) outer(value_grad, x, sums.value);
         add_bias_sums(grad, value_grad, sums);
@@ -114,6 +116,7 @@ struct SelfBackwardPass {
     };
     gemm<T>(dim, dim, kVectors, value_weight, dim, 1, x, tile, keep_value);
     gemm<T>(dim, dim, kVectors, out_weight, 1, dim, grad, tile, through_gate);
+    add_groups(transposed, groups.at(first_token), context_grad);
     if (a.grad_out_weight) outer(grad, gated, sums.out);
     if (a.grad_qkv_weight) outer(value_grad, x, sums.value);
     add_bias_sums(grad, value_grad, sums);
@@ -127,11 +130,32 @@ struct SelfBackwardPass {
     if (a.grad_qkv_weight) add_rows(value_grad, sums.value_bias);
   }
 
+  // The sum of a row's vectors: the tile's own first, so that a long sum over tiles rounds once a tile.
+  static Vec<T> row_sum(const T* row) {
+    Vec<T> sum = load(row);
+    for (int j = 1; j < kVectors; ++j) sum += load(row + j * lanes);
+    return sum;
+  }
+
   void add_rows(const T* panel, T* sums) const {
-    for (int64_t c = 0; c < dim; ++c) {
-      Vec<T> sum = load(sums + c * lanes);
-      for (int j = 0; j < kVectors; ++j) sum += load(panel + c * tile + j * lanes);
-      store(sums + c * lanes, sum);
+    for (int64_t c = 0; c < dim; ++c) store(sums + c * lanes, load(sums + c * lanes) + row_sum(panel + c * tile));
+  }
+
+  // sums[group][c] += the tokens of panel [d][tile] that belong to it.
+  void add_groups(const T* panel, const int32_t* ids, T* sums) const {
+    const Present present(ids, tile);
+    for (int p = 0; p < present.count; ++p) {
+      const int32_t g = present.group[p];
+      T member[tile], part[tile];
+      for (int64_t t = 0; t < tile; ++t) member[t] = ids[t] == g ? T(1) : T(0);
+      for (int64_t c = 0; c < dim; ++c) {
+        const T* row = panel + c * tile;
+        if (present.count > 1) {
+          for (int j = 0; j < kVectors; ++j) store(part + j * lanes, load(row + j * lanes) * load(member + j * lanes));
+          row = part;
+        }
+        sums[g * dim + c] += reduce_add<T>(row_sum(row));
+      }
     }
   }
 
@@ -172,9 +196,9 @@ struct SelfBackwardPass {
     }
     if (a.grad_qkv_weight) {
       for (int64_t c = 0; c < dim; ++c) {
-        Vec<T> sum = load(sums.query + c * lanes);
+        Vec<T> sum = {};
         for (int j = 0; j < kVectors; ++j) sum += load(query_grad + j * lanes) * load(x + c * tile + j * lanes);
-        store(sums.query + c * lanes, sum);
+        store(sums.query + c * lanes, load(sums.query + c * lanes) + sum);
       }
     }
     if (!a.grad_x.data) return;
@@ -197,11 +221,11 @@ struct SelfBackwardPass {
   }
 };
 
-template <class S, int kVectors>
+template <class S, int64_t tile>
 void self_backward_tiled(const SelfBackward& a) {
   using T = Arith<S>;
-  using Pass = SelfBackwardPass<S, kVectors>;
-  constexpr int64_t lanes = kLanes<T>, tile = kVectors * lanes;
+  using Pass = SelfBackwardPass<S, tile>;
+  constexpr int64_t lanes = kLanes<T>;
   const int64_t tokens = a.height * a.width, per_sample = ceil_div(tokens, tile), dim = a.dim, padded_dim = round_up(dim, lanes);
   const Groups groups(a, per_sample * tile);
   const int64_t P = groups.count, stride = context_stride<T>(P);
@@ -365,11 +389,10 @@ void self_backward_tiled(const SelfBackward& a) {
   });
 }
 
-// Tiles of four vectors, to halve the traffic of the weight gradients they add to; of two where there would be fewer tiles than workers.
+// Tiles of 64 tokens, twice the forward's, to halve the traffic of the weight gradients they add to; of 32 where there would be fewer tiles than workers.
 template <class S>
 void self_backward(const SelfBackward& a) {
-  const int64_t wide_tiles = a.batch * ceil_div(a.height * a.width, 4 * kLanes<Arith<S>>);
-  return wide_tiles < num_threads() ? self_backward_tiled<S, 2>(a) : self_backward_tiled<S, 4>(a);
+  return a.batch * ceil_div(a.height * a.width, 64) < num_threads() ? self_backward_tiled<S, 32>(a) : self_backward_tiled<S, 64>(a);
 }
 
 }  // namespace

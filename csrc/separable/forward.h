@@ -33,7 +33,8 @@ template <class S>
 void pool_part(
     const SelfForward& a, const Groups& groups, const Arith<S>* query_weight, Arith<S> query_bias, int64_t sample, Range tiles, PoolPart<Arith<S>> part) {
   using T = Arith<S>;
-  constexpr int64_t tile = kForwardTile<T>, lanes = kLanes<T>;
+  constexpr int64_t tile = kForwardTile, lanes = kLanes<T>;
+  constexpr int vectors = kForwardVectors<T>;
   const int64_t tokens = a.height * a.width;
   const Tokens<S> x = tokens_of<S>(a.x, a, sample);
   T* logits = static_cast<T*>(a.logits) + sample * tokens;
@@ -47,7 +48,7 @@ void pool_part(
       const int64_t first = (i + s) * tile, count = min_of(tile, tokens - first);
       const int32_t* ids = groups.at(first);
       T logit[tile], multiplier[tile];
-      row_times_panel<2>(query_weight, panel, a.dim, query_bias, logit);
+      row_times_panel<vectors>(query_weight, panel, a.dim, query_bias, logit);
       std::memcpy(logits + first, logit, static_cast<size_t>(count) * sizeof(T));
       for (int64_t t = count; t < tile; ++t) logit[t] = -__builtin_inff();
       if (scale) {
@@ -56,8 +57,12 @@ void pool_part(
       const Present present(ids, count);
       for (int p = 0; p < present.count; ++p) {
         const int32_t g = present.group[p];
-        Vec<T> w0 = only_group<T>(load(logit), ids, g, -__builtin_inff()), w1 = only_group<T>(load(logit + lanes), ids + lanes, g, -__builtin_inff());
-        const T previous = part.m[g], highest = max_of(previous, reduce_max<T>(max_vec(w0, w1)));
+        Vec<T> w[vectors], largest = broadcast(T(-__builtin_inff()));
+        for (int j = 0; j < vectors; ++j) {
+          w[j] = only_group<T>(load(logit + j * lanes), ids + j * lanes, g, -__builtin_inff());
+          largest = max_vec(largest, w[j]);
+        }
+        const T previous = part.m[g], highest = max_of(previous, reduce_max<T>(largest));
         T* sums = part.sums + g * a.dim * lanes;
         if (highest > previous && part.l[g] != 0) {
           const Vec<T> correction = exp(broadcast(previous - highest));
@@ -66,17 +71,22 @@ void pool_part(
           for (int64_t c = 0; c < a.dim; ++c) store(sums + c * lanes, load(sums + c * lanes) * correction);
         }
         part.m[g] = highest;
-        w0 = exp(w0 - highest);
-        w1 = exp(w1 - highest);
-        part.l[g] += reduce_add<T>(w0 + w1);
-        if (scale) {
-          w0 *= load(multiplier);
-          w1 *= load(multiplier + lanes);
-          part.mass[g] += reduce_add<T>(w0 + w1);
+        Vec<T> sum = {}, scaled = {};
+        for (int j = 0; j < vectors; ++j) {
+          w[j] = exp(w[j] - highest);
+          sum += w[j];
+          if (!scale) continue;
+          w[j] *= load(multiplier + j * lanes);
+          scaled += w[j];
         }
+        part.l[g] += reduce_add<T>(sum);
+        if (scale) part.mass[g] += reduce_add<T>(scaled);
         for (int64_t c = 0; c < a.dim; ++c) {
           const T* row = panel + c * tile;
-          store(sums + c * lanes, load(sums + c * lanes) + w0 * load(row) + w1 * load(row + lanes));
+          Vec<T> pooled = w[0] * load(row);
+#pragma GCC unroll 16
+          for (int j = 1; j < vectors; ++j) pooled += w[j] * load(row + j * lanes);
+          store(sums + c * lanes, load(sums + c * lanes) + pooled);
         }
       }
     }
@@ -115,10 +125,10 @@ void join_parts(T* memory, int64_t parts, int64_t groups, int64_t dim, bool has_
 // body(sample, first token, tiles) for the tiles [range), a step of neighbours in one sample at a time.
 template <class T, class Body>
 inline void for_steps(const SelfAttention& a, Range range, const Body& body) {
-  const int64_t per_sample = ceil_div(a.height * a.width, kForwardTile<T>);
+  const int64_t per_sample = ceil_div(a.height * a.width, kForwardTile);
   for (int64_t i = range.begin, step; i < range.end; i += step) {
     step = min_of(kTilesPerStep, min_of(range.end - i, per_sample - i % per_sample));
-    body(i / per_sample, i % per_sample * kForwardTile<T>, step);
+    body(i / per_sample, i % per_sample * kForwardTile, step);
   }
 }
 
@@ -127,7 +137,7 @@ void project_tiles(
     const SelfForward& a, const Groups& groups, const SelfWeights<S>& w, const Arith<S>* value_weight, const Arith<S>* out_weight, const Arith<S>* context,
     Range tiles) {
   using T = Arith<S>;
-  constexpr int64_t tile = kForwardTile<T>;
+  constexpr int64_t tile = kForwardTile;
   const int64_t tokens = a.height * a.width, stride = context_stride<T>(groups.count);
   Buffer<T> panels(kTilesPerStep * a.dim * tile), gated(a.dim * tile);
   for_steps<T>(a, tiles, [&](int64_t sample, int64_t first, int64_t step) {
@@ -136,12 +146,12 @@ void project_tiles(
     load_panels(tokens_of<S>(a.x, a, sample), first, count, panels.get(), tile);
     for (int64_t s = 0; s < step; ++s) {
       T* panel = panels + s * a.dim * tile;
-      const GroupLookup<T, 2> lookup(groups.at(first + s * tile), groups.count);
-      gemm<T>(a.dim, a.dim, 2, value_weight, a.dim, 1, panel, tile, [&](int64_t row, int64_t vector, Vec<T> acc) {
+      const GroupLookup<T, kForwardVectors<T>> lookup(groups.at(first + s * tile), groups.count);
+      gemm<T>(a.dim, a.dim, kForwardVectors<T>, value_weight, a.dim, 1, panel, tile, [&](int64_t row, int64_t vector, Vec<T> acc) {
         const Vec<T> value = relu(acc + w.value_bias[row]);
         store(gated + row * tile + vector * kLanes<T>, value * lookup(sample_context + row * stride, static_cast<int>(vector)));
       });
-      gemm<T>(a.dim, a.dim, 2, out_weight, a.dim, 1, gated.get(), tile, [&](int64_t row, int64_t vector, Vec<T> acc) {
+      gemm<T>(a.dim, a.dim, kForwardVectors<T>, out_weight, a.dim, 1, gated.get(), tile, [&](int64_t row, int64_t vector, Vec<T> acc) {
         store(panel + row * tile + vector * kLanes<T>, acc + w.out_bias[row]);
       });
     }
@@ -154,7 +164,7 @@ void project_tiles(
 // The same on bfloat16 dot products; dim is even. The gated values are rounded to bfloat16 between the projections, as eager's are.
 void project_tiles_bf16(
     const SelfForward& a, const Groups& groups, const SelfWeights<BFloat16>& w, const float* context, Range tiles) {
-  constexpr int64_t tile = kForwardTile<float>;
+  constexpr int64_t tile = kForwardTile;
   const int64_t tokens = a.height * a.width, stride = context_stride<float>(groups.count);
   Buffer<float> panels(kTilesPerStep * a.dim * tile);
   Buffer<uint32_t> input(a.dim / 2 * tile), gated(a.dim / 2 * tile);
@@ -165,15 +175,15 @@ void project_tiles_bf16(
     for (int64_t s = 0; s < step; ++s) {
       float* panel = panels + s * a.dim * tile;
       pair_panel(panel, a.dim, tile, input);
-      const GroupLookup<float, 2> lookup(groups.at(first + s * tile), groups.count);
-      gemm_bf16(a.dim, a.dim / 2, 2, w.value_source, a.dim, input.get(), tile, [&](int64_t row, int64_t vector, Vec<float> acc) {
+      const GroupLookup<float, kForwardVectors<float>> lookup(groups.at(first + s * tile), groups.count);
+      gemm_bf16(a.dim, a.dim / 2, kForwardVectors<float>, w.value_source, a.dim, input.get(), tile, [&](int64_t row, int64_t vector, Vec<float> acc) {
         const Vec<float> value = relu(acc + w.value_bias[row]) * lookup(sample_context + row * stride, static_cast<int>(vector));
         const WordBits bits = round_to_bfloat16(value);
         uint32_t* pair = gated + row / 2 * tile + vector * kFloatLanes;
         // Rows arrive in order: an even row writes the pair, the odd one after it fills the upper half.
         store<uint32_t>(pair, row % 2 == 0 ? bits >> 16 : load<uint32_t>(pair) | (bits & 0xffff0000u));
       });
-      gemm_bf16(a.dim, a.dim / 2, 2, static_cast<const BFloat16*>(a.out_weight), a.dim, gated.get(), tile, [&](int64_t row, int64_t vector, Vec<float> acc) {
+      gemm_bf16(a.dim, a.dim / 2, kForwardVectors<float>, static_cast<const BFloat16*>(a.out_weight), a.dim, gated.get(), tile, [&](int64_t row, int64_t vector, Vec<float> acc) {
         store(panel + row * tile + vector * kFloatLanes, acc + w.out_bias[row]);
       });
     }
@@ -186,7 +196,7 @@ void project_tiles_bf16(
 template <class S>
 void self_forward(const SelfForward& a) {
   using T = Arith<S>;
-  constexpr int64_t tile = kForwardTile<T>;
+  constexpr int64_t tile = kForwardTile;
   const int64_t tokens = a.height * a.width, per_sample = ceil_div(tokens, tile), threads = num_threads();
   const Groups groups(a, per_sample * tile);
   const SelfWeights<S> w(a, a.out_bias);

@@ -11,9 +11,11 @@ namespace {
 
 using namespace separable;
 
-// Tokens of a forward tile: two vectors, the widest block the register file of gemm() holds.
+// Tokens of a forward tile, whatever the width of a vector, so that sums over tiles have the same length on every instruction set. With AVX-512 it is two
+// vectors of float: the widest block that gemm() holds in registers.
+constexpr int64_t kForwardTile = 32;
 template <class T>
-constexpr int64_t kForwardTile = 2 * kLanes<T>;
+constexpr int kForwardVectors = kForwardTile / kLanes<T>;
 // Forward tiles read and written together (see load_panels).
 constexpr int64_t kTilesPerStep = 4;
 
@@ -80,15 +82,6 @@ class GroupLookup {
     for (int i = 0; i < kLanes<T>; ++i) values[i] = row[ids_[j * kLanes<T> + i]];
     return values;
   }
-  // sums[group * stride] += the lanes of v that belong to it.
-  void scatter_add(T* sums, int64_t stride, int j, Vec<T> v) const {
-    if (uniform_[j]) {
-      sums[ids_[j * kLanes<T>] * stride] += reduce_add<T>(v);
-      return;
-    }
-    for (int i = 0; i < kLanes<T>; ++i) sums[ids_[j * kLanes<T> + i] * stride] += v[i];
-  }
-
  private:
   const int32_t* ids_;
   IndexVec<T> index_[kVectors];

@@ -23,7 +23,9 @@ def _has_dropout(request: pytest.FixtureRequest) -> None:
 
 
 def _samples(target: Target, dtype: torch.dtype = torch.float32, **kwargs: Any) -> list[Sample]:
-    return [replace(s, kwargs=s.kwargs | kwargs) for s in target.every(3, dtype, grad=True)]
+    # Not the sample of large logits: what a float32 logit of 200 loses in rounding decides its gradients, whoever computes them, and these tests ask
+    # about masks. test_forward_backward.py has it.
+    return [replace(s, kwargs=s.kwargs | kwargs) for s in target.every(3, dtype, grad=True) if s.name != "large logits"]
 
 
 def _seeded(target: Target, seed: int = 7) -> Target:
