@@ -165,8 +165,8 @@ def eager_errors(spec: OpSpec, sample: Sample, grads_out: Sequence[Tensor] | Non
     """The largest error of eager in ``dtype``, for every output and gradient.
 
     Eager in float64 is ``exact`` itself and there is no better truth here, so for float64 it is what a sum rounds to: a random walk of as many steps
-    as it has terms, at most the elements of the largest tensor. (Against 80-bit arithmetic eager's error was 1e-13 where this says 3e-12, and the native
-    kernel's 3e-14. float64 is there for gradcheck; how well a kernel sums is judged in float32, by the same code.)
+    as it has terms, at most the elements of the largest tensor. (Against 80-bit arithmetic eager's error was 1e-13 where this says 3e-12, and the
+    native kernel's 3e-14. float64 is there for gradcheck; how well a kernel sums is judged in float32, by the same code.)
     """
     if dtype is torch.float64:
         exact = named_results(spec.reference, sample, grads_out)
