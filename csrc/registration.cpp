@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cascaded_group/op.h"
 #include "common/isa.h"
 #include "separable/op.h"
 
@@ -24,6 +25,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitkernels, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vitkernels::cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("cascaded_group_attention", TORCH_BOX(&vitkernels::cascaded_group_attention));
+  m.impl("cascaded_group_attention_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_backward));
+  m.impl("cascaded_group_attention_batch_norm", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm));
+  m.impl("cascaded_group_attention_batch_norm_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));
   m.impl("separable_attention_backward", TORCH_BOX(&vitkernels::separable_attention_backward));
   m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -119,6 +119,128 @@ def cvnets_model(**options: Any) -> nn.Module:
     return CvnetsNet(**options)
 
 
+def timm_efficientvit(name: str = "efficientvit_m0", **options: Any) -> nn.Module:
+    return awake(timm_model(name, **options))
+
+
+def small_efficientvit(**options: Any) -> nn.Module:
+    """Three stages of one block each, on whose maps (8, 4 and 2 pixels wide at 128) windows of 7 do and do not fit."""
+    from timm.models.efficientvit_msra import EfficientVitMsra
+
+    torch.manual_seed(0)
+    small = {"embed_dim": (32, 48, 64), "depth": (1, 1, 1), "num_heads": (2, 3, 2), "kernels": (7, 5, 3), "num_classes": 10, "img_size": 128}
+    return awake(EfficientVitMsra(**{**small, **options}))
+
+
+def timm_window_attention(
+    dim: int = 32, heads: int = 2, resolution: int = 10, window: int = 4, kernels: tuple[int, ...] = (5, 3), key_dim: int = 16
+) -> nn.Module:
+    """A ``LocalWindowAttention`` of timm alone."""
+    from timm.models.efficientvit_msra import LocalWindowAttention
+
+    torch.manual_seed(0)
+    return awake(LocalWindowAttention(dim, key_dim, heads, dim / heads / key_dim, resolution, window, kernels))
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Norms that start at zero, as the last one of every residual branch of EfficientViT does, hide whatever stands before them. They start at 0.2:
+    at one, gradients explode through the depth, and nothing but rounding noise is left to compare.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.constant_(module.weight, 0.2)
+    return model
+
+
+class Conv2d_BN(nn.Sequential):
+    """As in Cream's EfficientViT: a convolution ``c`` and its norm ``bn``."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.add_module("c", nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False))
+        self.add_module("bn", nn.BatchNorm2d(out_channels))
+
+
+class CascadedGroupAttention(nn.Module):
+    """Stands in for Cream's class of this name: its attributes (a persistent index buffer; in evaluation the gathered bias ``ab``; a ``train`` that
+    returns nothing) and its maths.
+    """
+
+    def __init__(self, dim: int, key_dim: int, num_heads: int, attn_ratio: float, resolution: int, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.attn_ratio = num_heads, key_dim, attn_ratio
+        self.scale = key_dim**-0.5
+        self.d = int(attn_ratio * key_dim)
+        self.qkvs = nn.ModuleList(Conv2d_BN(dim // num_heads, 2 * key_dim + self.d) for _ in range(num_heads))
+        self.dws = nn.ModuleList(Conv2d_BN(key_dim, key_dim, kernels[i], groups=key_dim) for i in range(num_heads))
+        self.proj = nn.Sequential(nn.ReLU(), Conv2d_BN(num_heads * self.d, dim))
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2))
+        row, column = torch.arange(resolution**2) // resolution, torch.arange(resolution**2) % resolution
+        self.register_buffer("attention_bias_idxs", (row[:, None] - row).abs() * resolution + (column[:, None] - column).abs())
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        if mode and hasattr(self, "ab"):
+            del self.ab
+        else:
+            self.ab = self.attention_biases[:, self.attention_bias_idxs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.attention_biases[:, self.attention_bias_idxs] if self.training else self.ab
+        outputs: list[Tensor] = []
+        for i, split in enumerate(x.chunk(self.num_heads, dim=1)):
+            q, k, v = self.qkvs[i](split + outputs[-1] if outputs else split).split([self.key_dim, self.key_dim, self.d], dim=1)
+            q, k = self.dws[i](q).flatten(2), k.flatten(2)
+            weights = (q.transpose(-2, -1) @ k * self.scale + bias[i]).softmax(dim=-1)
+            outputs.append((v.flatten(2) @ weights.transpose(-2, -1)).view(v.shape))
+        return self.proj(torch.cat(outputs, 1))
+
+
+class LocalWindowAttention(nn.Module):
+    """Stands in for Cream's class of this name, which takes maps of the one size it was made for."""
+
+    def __init__(
+        self, dim: int, key_dim: int, num_heads: int, attn_ratio: float, resolution: int, window_resolution: int, kernels: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.resolution, self.window_resolution = dim, num_heads, resolution, window_resolution
+        self.attn = CascadedGroupAttention(dim, key_dim, num_heads, attn_ratio, min(window_resolution, resolution), kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side, window = self.resolution, self.window_resolution
+        assert x.shape[2:] == (side, side), f"input feature has wrong size, expect {(side, side)}, got {tuple(x.shape[2:])}"
+        if side <= window:
+            return self.attn(x)
+        batch, channels, count = x.shape[0], x.shape[1], -(-side // window)
+        x = F.pad(x, (0, count * window - side) * 2).view(batch, channels, count, window, count, window)
+        x = self.attn(x.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, window, window))
+        x = x.view(batch, count, count, channels, window, window).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(batch, channels, count * window, count * window)[:, :, :side, :side]
+
+
+class CreamNet(nn.Module):
+    """Two of Cream's attentions on a map that the window divides and one that it does not, with a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 8, stride=8)
+        self.first = LocalWindowAttention(32, 16, 2, 1, 12, 4, (5, 3))
+        self.second = LocalWindowAttention(32, 8, 4, 1, 12, 7, (3, 3, 5, 7))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return self.head(x.mean((2, 3)))
+
+
+def cream_model() -> nn.Module:
+    torch.manual_seed(0)
+    return CreamNet()
+
+
 def settle(model: nn.Module, images: Tensor) -> nn.Module:
     """Move every parameter away from its initial value (no norm is an identity then, no bias zero), and let batch norm measure ``images``, so that
     signals and gradients neither die nor explode through the depth.
@@ -156,35 +278,73 @@ def results(model: nn.Module, images: Tensor, *, training: bool, seed: int = 0) 
     return {"output": output.detach(), **{name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}}
 
 
+def inference(model: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tensor]:
+    """The output of ``model`` where no gradient is wanted, which is where folded weights are kept: of the second call."""
+    model.train(training)
+    with torch.no_grad():
+        model(images)
+        return {"output": logits(model(images))}
+
+
+def trained(model: nn.Module, images: Tensor, *, training: bool, steps: int = 3) -> dict[str, Tensor]:
+    """Every gradient of the last of some training steps, and every parameter and buffer after them. Small steps: large ones are chaotic."""
+    images = images * 1.5 + 0.25  # of other statistics than those that :func:`settle` left in the norms
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        outcome = results(model, images, training=training)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {**outcome, **{name: tensor.detach().clone() for name, tensor in model.state_dict().items()}}
+
+
 def jitter(model: nn.Module, seed: int, eps: float | None = None) -> nn.Module:
     """A copy of ``model`` with every parameter moved by one rounding step of its dtype (or relatively by ``eps``), up or down at random."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.dtype) * 2 - 1
             parameter.mul_(1 + signs * (eps or torch.finfo(parameter.dtype).eps))
     return model
 
 
-def judge(original: nn.Module, accelerated: nn.Module, images: Tensor, *, training: bool, jitters: int = 4) -> Iterator[Comparison]:
-    """Compare the accelerated model with the original, both against the original in float64: output and every parameter's gradient.
+Measure = Callable[..., dict[str, Tensor]]
+"""``measure(model, images, training=...)``: what of a model is compared."""
+
+
+def judge(
+    original: nn.Module,
+    accelerated: nn.Module,
+    images: Tensor,
+    *,
+    training: bool,
+    jitters: int = 4,
+    measure: Measure = results,
+    eps: float | None = None,
+) -> Iterator[Comparison]:
+    """Compare the accelerated model with the original, both against the original in float64: output and every parameter's gradient, or what
+    ``measure`` says.
 
     Through tens of layers the error of one element in one eager run is one draw of the rounding noise, and among hundreds of tensors some are luckily
-    small. So errors are root mean squares over a tensor, and eager is run a few times more with weights moved by a rounding step; the largest counts.
+    small. So errors are root mean squares over a tensor, and eager is run a few times more with weights moved by a rounding step (of their dtype, or
+    ``eps``); the largest counts. A tensor that is zero but for rounding, as the gradient of a bias in front of a norm, is noise whose size depends
+    on the order of a sum; it is held to the largest noise among the model's tensors.
     """
 
     def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         # A copy: in training, batch norm changes its statistics.
-        return results(copy.deepcopy(model), images, training=training)
+        return measure(copy.deepcopy(model), images, training=training)
 
     exact = run(copy.deepcopy(original).double(), images.double())
-    eager = [run(model, images) for model in (original, *(jitter(original, seed) for seed in range(jitters)))]
+    eager = [run(model, images) for model in (original, *(jitter(original, seed, eps) for seed in range(jitters)))]
     fast = run(accelerated, images)
     assert exact.keys() == fast.keys()
+    eager_errors = {name: max(rms(result[name].double() - truth.double()) for result in eager) for name, truth in exact.items()}
     for name, truth in exact.items():
-        error, *eager_errors = (rms(result[name].double() - truth) for result in (fast, *eager))
-        yield Comparison(name, error, max(eager_errors), rms(truth), 2 * torch.finfo(eager[0][name].dtype).eps * rms(truth))
+        scale, dtype = rms(truth.double()), eager[0][name].dtype
+        eager_error = eager_errors[name] if eager_errors[name] < scale else max(eager_errors.values())
+        floor = 2 * (eps or torch.finfo(dtype).eps) * scale if dtype.is_floating_point else 0.0
+        yield Comparison(name, rms(fast[name].double() - truth.double()), eager_error, scale, floor)
 
 
 def rms(tensor: Tensor) -> float:
@@ -192,7 +352,7 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
 
-def assert_same(original: nn.Module, accelerated: nn.Module, images: Tensor, *, training: bool) -> None:
+def assert_same(original: nn.Module, accelerated: nn.Module, images: Tensor, *, training: bool, **options: Any) -> None:
     """Every comparison of :func:`judge` holds."""
-    broken = [c for c in judge(original, accelerated, images, training=training) if not c.holds]
+    broken = [c for c in judge(original, accelerated, images, training=training, **options) if not c.holds]
     assert not broken, "\n".join(map(str, broken))

@@ -8,6 +8,7 @@ memory is within the target's limit and no register is spilled; both are read fr
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import subprocess
@@ -16,13 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vitkernels.ops.cascaded_group import triton as cascaded_group
 from vitkernels.ops.separable import triton as separable
 
 # Target -> what Triton calls it, and the shared memory (LDS) of one program in bytes.
@@ -33,6 +35,29 @@ TARGETS: dict[str, tuple[GPUTarget, int]] = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 DIMS = (64, 128, 192, 256, 384, 512)
+
+
+class Stage(NamedTuple):
+    """What attention sees of one stage of an EfficientViT (arXiv 2305.07027, table 2): ``channels`` per head, a depthwise kernel per head."""
+
+    name: str
+    channels: int
+    window: int
+    kernels: tuple[int, ...]
+
+
+STAGES = (
+    Stage("m0 stage 1", 16, 7, (5, 5, 5, 5)),
+    Stage("m0 stage 2", 32, 7, (5, 5, 5, 5)),
+    Stage("m0 stage 3", 48, 4, (5, 5, 5, 5)),
+    Stage("m4 stage 1", 32, 7, (7, 5, 3, 3)),
+    Stage("m4 stage 2", 64, 7, (7, 5, 3, 3)),
+    Stage("m4 stage 3", 96, 4, (7, 5, 3, 3)),
+    Stage("m5 stage 1", 64, 7, (7, 5, 3)),
+    Stage("m5 stage 2", 96, 7, (7, 5, 3)),
+    Stage("m5 stage 3", 96, 4, (7, 5, 3, 3)),
+    Stage("14 x 14 window", 64, 14, (7, 5, 3, 3)),
+)
 DTYPES = (torch.bfloat16, torch.float32)
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -77,7 +102,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kernel compiled for one target needs: bytes of shared memory and its limit, registers a thread, bytes (AMD: registers) spilled."""
+    """What one kernel compiled for one target needs: bytes of shared memory and its limit, registers a thread, bytes a thread spills to memory."""
 
     kernel: str
     case: str
@@ -108,10 +133,20 @@ def recorded() -> Iterator[list[Launch]]:
         separable.launch = original
 
 
-def launches(
+@contextlib.contextmanager
+def _platform_of(target: str) -> Iterator[None]:
+    """Within the block the launch code sees the torch that a target has, ROCm's or CUDA's: tiles differ."""
+    original, torch.version.hip = torch.version.hip, "ahead of time" if target.startswith("gfx") else None
+    try:
+        yield
+    finally:
+        torch.version.hip = original
+
+
+def separable_launches(
     dim: int, dtype: torch.dtype, *, batch: int = 16, unfolded: bool = False, channels_last: bool = False, dropout: bool = False
 ) -> list[Launch]:
-    """The distinct launches of forward and backward of both ops at one width.
+    """The distinct launches of forward and backward of both separable ops at one width.
 
     Args:
         dim: channels.
@@ -141,6 +176,36 @@ def launches(
     return list(dict.fromkeys(found))
 
 
+def cascaded_group_launches(stage: Stage, dtype: torch.dtype, *, batch: int = 16, channels_last: bool = False, bias: bool = True) -> list[Launch]:
+    """The distinct launches of forward and backward of cascaded group attention at one stage, on a map of 2 x 2 windows.
+
+    Args:
+        stage: shape of the attention.
+        dtype: of all tensors.
+        batch: images.
+        channels_last: the map's memory format.
+        bias: with all biases, as in an EfficientViT whose BatchNorms are folded.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, key_dim, size = len(stage.kernels), 16, 2 * stage.window
+    channels = heads * stage.channels
+    x = empty(batch, channels, size, size)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    qkv_weight = empty(heads, 2 * key_dim + stage.channels, stage.channels)
+    qkv_bias, dw_bias, proj_bias = (empty(*shape) if bias else None for shape in (qkv_weight.shape[:2], (heads, key_dim), (channels,)))
+    dw_weight = empty(sum(key_dim * k * k for k in stage.kernels))
+    weights = qkv_weight, qkv_bias, dw_weight, dw_bias, empty(heads, stage.window**2), empty(channels, channels)
+    options = list(stage.kernels), key_dim, key_dim**-0.5, stage.window
+    with recorded() as found:
+        y = cascaded_group.cascaded_group_attention(x, *weights, proj_bias, *options)
+        cascaded_group.cascaded_group_attention_backward(y, x, *weights, *options, True, True)
+    return list(dict.fromkeys(found))
+
+
 def compile_for(launch: Launch, target: str) -> Any:
     """Compile one launch for one of :data:`TARGETS`; no GPU needed."""
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
@@ -167,26 +232,37 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers a thread, registers spilled) from the metadata at the end of the assembly."""
-    numbers = {name: int(value) for name, value in re.findall(r"\.((?:[sv]gpr_spill|vgpr)_count):\s*(\d+)", assembly)}
-    return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    """(vector registers a thread, bytes of scratch memory a thread) from the metadata at the end of the assembly.
+
+    Scalar registers that do not fit go to lanes of vector registers: no memory, no scratch.
+    """
+    numbers = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
 
 
 def budgets(
-    targets: Iterable[str] = tuple(TARGETS),
-    dims: Iterable[int] = DIMS,
-    dtypes: Iterable[torch.dtype] = DTYPES,
-    progress: Callable[[Budget], None] = lambda _: None,
-    **case: Any,
+    launches: Callable[[], Iterable[Launch]], case: str, targets: Iterable[str] = tuple(TARGETS), progress: Callable[[Budget], None] = lambda _: None
 ) -> list[Budget]:
-    """What every kernel needs on every target at every width and dtype; ``case`` goes to :func:`launches`."""
+    """What every kernel that ``launches()`` starts needs on every target."""
     table = []
-    for dim in dims:
-        for dtype in dtypes:
-            for launch in launches(dim, dtype, **case):
-                for target in targets:
-                    table.append(budget(launch, target, f"d{dim} {str(dtype).removeprefix('torch.')}"))
-                    progress(table[-1])
+    for target in targets:
+        with _platform_of(target):
+            found = launches()
+        for launch in found:
+            table.append(budget(launch, target, case))
+            progress(table[-1])
+    return table
+
+
+def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Budget]:
+    """What every kernel needs on every target, at every width and stage, in every dtype."""
+    table = []
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for dim in DIMS:
+            table += budgets(functools.partial(separable_launches, dim, dtype), f"d{dim} {name}", progress=progress)
+        for stage in STAGES:
+            table += budgets(functools.partial(cascaded_group_launches, stage, dtype), f"{stage.name} {name}", progress=progress)
     return table
 
 
@@ -200,7 +276,7 @@ def main() -> int:
         return 1
     console = Console()
     with console.status("compiling") as status:
-        table = budgets(progress=lambda b: status.update(f"{b.target} {b.case} {b.kernel}"))
+        table = all_budgets(lambda b: status.update(f"{b.target} {b.case} {b.kernel}"))
     shown = Table("kernel", "case", "target", "shared bytes", "limit", "registers", "spills", "fits")
     for b in table:
         shown.add_row(b.kernel, b.case, b.target, str(b.shared), str(b.shared_limit), str(b.registers), str(b.spills), "yes" if b.fits else "[red]no")

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -86,6 +87,22 @@ def _key() -> str:
         digest.update(f"\0{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def cuda_inputs() -> list[Path]:
+    """What the CUDA library is made from: its sources and every header of ours that they include, directly or not. Empty without the C++ sources."""
+    try:
+        root = csrc_dir()
+    except BuildError:
+        return []
+    found: set[Path] = set()
+    waiting = [root / source for source in settings()["cuda"]["sources"]]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            waiting += [root / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)]
+    return sorted(found)
 
 
 def find_compiler() -> str:
@@ -259,6 +276,7 @@ def build(
     verbose: bool = False,
     cuda: bool | None = None,
     *,
+    cpu: bool = True,
     build_dir: Path | str | None = None,
     host_dir: Path | str | None = None,
     log: Callable[[str], None] | None = None,
@@ -268,7 +286,9 @@ def build(
     Args:
         out_dir: gets ``libvitkernels_cpu.so``, and ``libvitkernels_cuda.so`` where there is something to put into it.
         verbose: show ninja's commands and output.
-        cuda: build the CUDA library; ``None`` builds it if nvcc is found or ``VITKERNELS_CUDA=1``, and ``VITKERNELS_CUDA=0`` forbids it.
+        cuda: build the CUDA library; ``None`` builds it if nvcc is found and torch is a CUDA build, as only such a torch loads it.
+            ``VITKERNELS_CUDA=1`` makes that "in any case", ``VITKERNELS_CUDA=0`` "never".
+        cpu: build the CPU library and the host module, too.
         build_dir: objects and build.ninja, kept for the next, incremental build. Default: ``out_dir/objects``.
         host_dir: gets the ``_host`` module. Default: ``out_dir``.
         log: is told what was left out and why. Default: a line on stderr.
@@ -282,35 +302,25 @@ def build(
     check()
     log = log or (lambda message: print(f"vitkernels: {message}", file=sys.stderr))
     compiler, ninja, torch, csrc, config = find_compiler(), find_ninja(), find_torch(), csrc_dir(), settings()
-    nvcc = _wanted_nvcc(config, cuda)
+    nvcc = _wanted_nvcc(config, cuda, torch, log)
     out_dir = Path(out_dir).resolve()
     build_dir = Path(build_dir).resolve() if build_dir else out_dir / "objects"
     host_dir = Path(host_dir).resolve() if host_dir else out_dir
 
-    isas = _known_isas(config, compiler, log)
+    isas = _known_isas(config, compiler, log) if cpu else {}
     common = [f"-std={config['standard']}", *config["flags"], *(f"-D{d}" for d in config["defines"])]
     common += [f"-DVITKERNELS_HAVE_{isa.upper()}" for isa in isas]
     common += [f"-I{csrc}", "-isystem", str(torch / "include")]
 
     file = _Ninja(compiler, nvcc, csrc)
-    objects = [file.object(source, common) for source in config["cpu"]["portable_sources"]]
-    # Baseline comes first on the linker's command line: should two objects hold the same inline function, the linker keeps the first.
-    for isa, flags in isas.items():
-        objects += [file.object(source, [*common, f"-DVITKERNELS_ISA={isa}", *flags], f".{isa}") for source in config["cpu"]["kernel_sources"]]
-    # No path of this machine's torch goes into the library: torch is loaded before it, by its soname.
-    file.link(CPU_LIBRARY, objects, ["-Wl,-z,defs", "-Wl,--as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
-    products = {CPU_LIBRARY: out_dir}
-
-    host_includes = _host_includes(torch)
-    if host_includes is None:
-        log("left out the host module: Python's development headers are not installed")
-    else:
-        includes = [word for folder in host_includes for word in ("-isystem", str(folder))]
-        shared = set(config["cpu"]["portable_sources"])
-        host = [file.object(source, common if source in shared else [*common, *includes]) for source in config["host"]["sources"]]
-        file.link(host_module_name(), host, [])
-        products[host_module_name()] = host_dir
-
+    products: dict[str, Path] = {}
+    if cpu:
+        _add_cpu(file, config, common, torch, isas)
+        products[CPU_LIBRARY] = out_dir
+        if _add_host(file, config, common, torch):
+            products[host_module_name()] = host_dir
+        else:
+            log("left out the host module: Python's development headers are not installed")
     if nvcc is not None:
         _add_cuda(file, config, common, torch)
         products[CUDA_LIBRARY] = out_dir
@@ -328,28 +338,63 @@ def build(
         raise BuildError(f"cannot write the build: {error}") from error
 
 
-def _wanted_nvcc(config: dict[str, Any], cuda: bool | None) -> str | None:
+def _wanted_nvcc(config: dict[str, Any], cuda: bool | None, torch: Path, log: Callable[[str], None]) -> str | None:
     """The CUDA compiler if the CUDA library is to be built, else ``None``."""
     variable = os.environ.get("VITKERNELS_CUDA")
     if cuda is None and variable in ("0", "1"):
         cuda = variable == "1"
+    if cuda is None and not (torch / "lib" / "libtorch_cuda.so").is_file():
+        return None
     if cuda is False or not config["cuda"]["sources"]:
         return None
     nvcc = find_nvcc()
-    if cuda and nvcc is None:
+    if nvcc is None and cuda is None:
+        log("left out the CUDA library: nvcc is not on the PATH, under CUDA_HOME or in /usr/local/cuda")
+    if nvcc is None and cuda:
         raise BuildError("the CUDA library was asked for and nvcc is not on the PATH, under CUDA_HOME or in /usr/local/cuda")
     return nvcc
+
+
+def _add_cpu(file: _Ninja, config: dict[str, Any], common: list[str], torch: Path, isas: dict[str, list[str]]) -> None:
+    """Add the CPU library."""
+    objects = [file.object(source, common) for source in config["cpu"]["portable_sources"]]
+    # Baseline comes first on the linker's command line: should two objects hold the same inline function, the linker keeps the first.
+    for isa, flags in isas.items():
+        objects += [file.object(source, [*common, f"-DVITKERNELS_ISA={isa}", *flags], f".{isa}") for source in config["cpu"]["kernel_sources"]]
+    # No path of this machine's torch goes into the library: torch is loaded before it, by its soname.
+    file.link(CPU_LIBRARY, objects, ["-Wl,-z,defs", "-Wl,--as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
+
+
+def _add_host(file: _Ninja, config: dict[str, Any], common: list[str], torch: Path) -> bool:
+    """Add the host module; False where Python's headers are missing."""
+    folders = _host_includes(torch)
+    if folders is None:
+        return False
+    includes = [word for folder in folders for word in ("-isystem", str(folder))]
+    shared = set(config["cpu"]["portable_sources"])
+    host = [file.object(source, common if source in shared else [*common, *includes]) for source in config["host"]["sources"]]
+    file.link(host_module_name(), host, [])
+    return True
 
 
 def _add_cuda(file: _Ninja, config: dict[str, Any], common: list[str], torch: Path) -> None:
     """Add the CUDA library. It needs no CUDA build of torch: it is linked against a stub of libtorch_cuda and resolved when it is loaded."""
     host_flags = [flag for flag in common if flag.startswith(("-f", "-W"))]
     flags = [flag for flag in common if flag not in host_flags]
-    flags += ["-DUSE_CUDA", "-cudart", "static", "-Xcompiler", ",".join(host_flags)]
-    flags += [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in config["cuda"]["architectures"]]
+    flags += ["-DUSE_CUDA", "-cudart", "static", "--threads", "2", "-Xcompiler", ",".join(host_flags)]
+    architectures = [f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}" for arch in config["cuda"]["architectures"]]
+    flags += architectures
     objects = [file.object(source, flags, rule="cuda") for source in config["cuda"]["sources"]]
     file.stub("libtorch_cuda.so")
-    libraries = ["-Xlinker", "--no-as-needed,--unresolved-symbols=ignore-all", "-L.", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    libraries = [
+        *architectures,
+        "-Xlinker",
+        "--no-as-needed,--unresolved-symbols=ignore-all",
+        "-L.",
+        f"-L{torch / 'lib'}",
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+    ]
     file.link(CUDA_LIBRARY, objects, libraries, rule="link_cuda", needs="libtorch_cuda.so")
 
 

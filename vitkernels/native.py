@@ -64,6 +64,9 @@ def why_not_cuda() -> str | None:
     """Why the CUDA library cannot be used; ``None`` once it is loaded."""
     if not torch.cuda.is_available():
         return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 8 and (major, minor) != (9, 0):  # csrc/build.json: machine code for sm_80 and sm_90a, no PTX
+        return f"the CUDA C++ kernels are built for compute capability 8.x and 9.0; this GPU has {major}.{minor}"
     return _load(builder.CUDA_LIBRARY)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from vitkernels import builder
 from vitkernels._version import __version__
-from vitkernels.builder import cache_dir
 
 # (op, backend, architecture such as "sm_90") -> the committed results file that shows it.
 COMMITTED: dict[tuple[str, str, str], str] = {}
@@ -30,9 +30,9 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def kernel_fingerprint() -> str:
-    """A hash of the GPU kernels' sources: a changed kernel invalidates its stamp."""
+    """A hash of the GPU kernels' sources, Triton and CUDA C++: a changed kernel invalidates its stamp."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "ops").rglob("triton.py")):
+    for path in [*sorted((Path(__file__).parent / "ops").rglob("triton.py")), *builder.cuda_inputs()]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -57,7 +57,7 @@ def stamp_key(device: torch.device) -> dict[str, str]:
 
 def stamp_path() -> Path:
     """The file with this user's stamps."""
-    return cache_dir() / "verified.json"
+    return builder.cache_dir() / "verified.json"
 
 
 def read_stamps() -> list[dict[str, Any]]:

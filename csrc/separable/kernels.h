@@ -4,14 +4,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/map.h"
 
 namespace vitkernels::separable {
-
-// A [batch, dim, height, width] tensor of any strides (in elements).
-struct Map {
-  void* data;
-  int64_t batch_stride, dim_stride, height_stride, width_stride;
-};
 
 // What both directions of the whole op need. A pixel (h, w) belongs to group (h % patch_h) * patch_w + w % patch_w; the softmax runs within a group.
 // An unfolded [B, d, P, N] tensor is the map of height P and width N with patches (P, 1).

@@ -1,60 +1,15 @@
 // The separable ops' entry points: tensors to plain structs, outputs allocated, the kernel table of this CPU called.
 #include "separable/op.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include "common/isa.h"
+#include "common/stable.h"
 #include "separable/kernels.h"
 
 namespace vitkernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 const separable::Kernels& kernels() {
-  static const separable::Kernels& table = []() -> const separable::Kernels& {
-    switch (isa::selected()) {
-#if defined(VITKERNELS_HAVE_AVX512_BF16)
-      case isa::Isa::kAvx512Bf16: return avx512_bf16::separable_kernels();
-#endif
-#if defined(VITKERNELS_HAVE_AVX512)
-      case isa::Isa::kAvx512: return avx512::separable_kernels();
-#endif
-#if defined(VITKERNELS_HAVE_AVX2)
-      case isa::Isa::kAvx2: return avx2::separable_kernels();
-#endif
-      default: return baseline::separable_kernels();
-    }
-  }();
+  static const separable::Kernels& table = []() -> const separable::Kernels& { VITKERNELS_SELECT_KERNELS(separable_kernels) }();
   return table;
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "vitkernels: the dtype must be float64, float32, bfloat16 or float16");
-  }
-}
-
-ScalarType accumulation_type(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-separable::Map map_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt; }
-
-void check_same(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "vitkernels: ", name, " must have the dtype of the first argument");
 }
 
 // Shapes are checked in Python with full messages; these guard direct callers of torch.ops from reading out of bounds.

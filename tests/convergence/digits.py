@@ -1,4 +1,4 @@
-"""A small MobileViTv2 of timm's blocks, and real images to train it on: scikit-learn's handwritten digits, upsampled."""
+"""A small MobileViTv2 and a small EfficientViT of timm's blocks, and real images to train them on: scikit-learn's handwritten digits, upsampled."""
 
 from __future__ import annotations
 
@@ -29,6 +29,30 @@ class Digits(nn.Module):
 def model() -> nn.Module:
     torch.manual_seed(0)
     return Digits()
+
+
+class EfficientViTDigits(nn.Module):
+    """Two EfficientViT blocks: maps of 12 pixels in windows of 5, filled up, and maps that are one window."""
+
+    def __init__(self) -> None:
+        from timm.models.efficientvit_msra import EfficientVitBlock
+
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.first = EfficientVitBlock(16, key_dim=8, num_heads=2, attn_ratio=1, resolution=12, window_resolution=5, kernels=(5, 3))
+        self.down = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.second = EfficientVitBlock(32, key_dim=8, num_heads=4, attn_ratio=1, resolution=6, window_resolution=7, kernels=(5, 5, 3, 3))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        x = self.second(self.down(x))
+        return self.head(x.mean((2, 3)))
+
+
+def efficientvit() -> nn.Module:
+    torch.manual_seed(0)
+    return EfficientViTDigits()
 
 
 def images(size: int = 24) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from . import digits
 STEPS, BATCH = 40, 48
 
 
-def train(model: nn.Module, autocast: torch.dtype | None, images: Tensor, labels: Tensor) -> Tensor:
+def train(model: nn.Module, rate: float, autocast: torch.dtype | None, images: Tensor, labels: Tensor) -> Tensor:
     """The loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     model.train()
     losses = []
     for step in range(STEPS):
@@ -40,19 +40,22 @@ def train(model: nn.Module, autocast: torch.dtype | None, images: Tensor, labels
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16 autocast"])
-def test_loss_curves_agree(autocast: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("make", "rate", "replaced"), [(digits.model, 3e-3, 2 + 2 * 3), (digits.efficientvit, 6e-3, 2 * 2)], ids=["MobileViTv2", "EfficientViT"]
+)
+def test_loss_curves_agree(make: Callable[[], nn.Module], rate: float, replaced: int, autocast: torch.dtype | None) -> None:
     images, labels = digits.images()
 
     def run(change: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, nn.Module]:
-        model = change(digits.model())
-        return train(model, autocast, images, labels), model
+        model = change(make())
+        return train(model, rate, autocast, images, labels), model
 
     eps = torch.finfo(autocast or torch.float32).eps
     original, _ = run(lambda model: model)
     spread = [zoo.rms(run(lambda model, seed=seed: zoo.jitter(model, seed, eps))[0] - original) for seed in range(4)]
 
     def accelerate(model: nn.Module) -> nn.Module:
-        assert len(vitkernels.accelerate(model).replaced) == 2 + 2 * 3
+        assert len(vitkernels.accelerate(model).replaced) == replaced
         return model
 
     ours, trained = run(accelerate)

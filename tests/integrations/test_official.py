@@ -1,4 +1,4 @@
-"""ml-cvnets' LinearSelfAttention, recognised by its attributes and checked by running it."""
+"""The papers' own classes (ml-cvnets, Cream), recognised by their attributes and checked by running them."""
 
 from __future__ import annotations
 
@@ -95,3 +95,73 @@ def test_projection_replaced_later_runs_the_original() -> None:
     assert handle.fallbacks == {"": "out_proj is more than a convolution"}
     handle.remove()
     assert torch.equal(ours, attention(x))
+
+
+# --- Cream's EfficientViT ----------------------------------------------------------------------------------------------------------
+
+
+def evaluated(model: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tensor]:
+    """Without the gradient of the bias tables, which Cream's code does not give in evaluation: it gathers them once, without gradients."""
+    outcome = zoo.results(model, images, training=training)
+    return {name: tensor for name, tensor in outcome.items() if not name.endswith("attention_biases")}
+
+
+@pytest.mark.parametrize("route", [{}, {"only": "CascadedGroupAttention"}], ids=["all", "attention only"])
+@pytest.mark.parametrize(("measure", "training"), [(zoo.inference, False), (evaluated, False), (zoo.trained, True)], ids=["infer", "eval", "train"])
+def test_cream_model(measure: zoo.Measure, training: bool, route: dict[str, str]) -> None:
+    images = zoo.photos(96)
+    original = zoo.settle(zoo.cream_model(), images)
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated, **route)
+    assert {r.path for r in handle.replaced} == {"first.attn", "second.attn"} | (set() if route else {"first", "second"})
+    assert list(accelerated.state_dict()) == list(original.state_dict())
+    zoo.assert_same(original, accelerated, images, training=training, measure=measure)
+    assert not handle.fallbacks
+
+
+def test_cream_reparameterised() -> None:
+    images = zoo.photos(96)
+    original = zoo.settle(zoo.cream_model(), images).eval()
+    for attention in (original.first.attn, original.second.attn):
+        for layers in (attention.qkvs, attention.dws, attention.proj):
+            for i, layer in enumerate(layers):
+                if isinstance(layer, zoo.Conv2d_BN):
+                    layers[i] = nn.utils.fusion.fuse_conv_bn_eval(layer.c, layer.bn)
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    assert len(handle.replaced) == 4
+    for measure in (zoo.inference, evaluated):
+        zoo.assert_same(original, accelerated, images, training=False, measure=measure)
+    assert not handle.fallbacks
+
+
+def test_cream_refuses_other_maps_as_it_did() -> None:
+    window = zoo.cream_model().first
+    handle = vitkernels.accelerate(window)
+    with pytest.raises(AssertionError, match="wrong size"):
+        window(torch.randn(1, 32, 16, 16))
+    assert handle.fallbacks == {"": "the map is not 12 x 12"}
+
+
+class _Hotter(zoo.CascadedGroupAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale *= 1.001
+        y = super().forward(x)
+        self.scale /= 1.001
+        return y
+
+
+class _Shifted(zoo.LocalWindowAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.roll(1, 2)).roll(-1, 2)
+
+
+@pytest.mark.parametrize("base", [_Hotter, _Shifted], ids=["scale", "windows"])
+def test_cream_attributes_but_not_the_same_code(base: type[nn.Module]) -> None:
+    whole = base is _Shifted
+    torch.manual_seed(0)
+    arguments = (32, 16, 2, 1, 12, 4, (5, 3)) if whole else (32, 16, 2, 1, 4, (5, 3))
+    impostor = type(base.__mro__[1].__name__, (base,), {})(*arguments)
+    handle = vitkernels.accelerate(impostor)
+    assert "computes something else" in {r.path: r.reason for r in handle.skipped}[""]
+    assert [r.path for r in handle.replaced] == (["attn"] if whole else [])

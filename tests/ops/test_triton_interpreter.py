@@ -155,8 +155,8 @@ def test_unneeded_gradients_are_empty() -> None:
 def test_bit_equal_from_run_to_run(op: str, dtype: torch.dtype) -> None:
     sample = _first(op, dtype)
     with torch.no_grad():
-        grad_output = accuracy.output_gradient(_on_triton(op)(*sample.args, **sample.kwargs))
-    first, second = (accuracy.evaluate(_on_triton(op), sample, grad_output) for _ in range(2))
+        grad_outputs = accuracy.output_gradients(_on_triton(op)(*sample.args, **sample.kwargs))
+    first, second = (accuracy.evaluate(_on_triton(op), sample, grad_outputs) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 

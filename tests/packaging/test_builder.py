@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vitkernels import builder
+from vitkernels import builder, proof
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -180,11 +180,20 @@ def test_cuda_library(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config["cuda"]["sources"] = ["kernel.cu"]
     (csrc / "build.json").write_text(json.dumps(config))
 
+    def built(**options: bool) -> list[str]:
+        return [p.name for p in builder.build(tmp_path / "out", log=said.append, **options)]
+
+    # Left to itself the builder makes what can be used here: a CPU build of torch loads no CUDA library.
+    said: list[str] = []
+    monkeypatch.delenv("VITKERNELS_CUDA", raising=False)
+    cuda_torch = (builder.find_torch() / "lib" / "libtorch_cuda.so").is_file()
+    assert (builder.CUDA_LIBRARY in built()) == cuda_torch
     monkeypatch.setenv("VITKERNELS_CUDA", "0")
-    assert builder.CUDA_LIBRARY not in [p.name for p in builder.build(tmp_path / "out", log=lambda _: None)]
+    assert builder.CUDA_LIBRARY not in built()
+    assert built(cuda=True, cpu=False) == [builder.CUDA_LIBRARY]
     monkeypatch.setenv("VITKERNELS_CUDA", "1")
-    products = {p.name: p for p in builder.build(tmp_path / "out", log=lambda _: None)}
-    library = products[builder.CUDA_LIBRARY]
+    assert built() == [builder.CPU_LIBRARY, builder.host_module_name(), builder.CUDA_LIBRARY]
+    library = tmp_path / "out" / builder.CUDA_LIBRARY
     for architecture in (b"sm_80", b"sm_90a"):
         assert architecture in library.read_bytes()
     if readelf := shutil.which("readelf"):
@@ -192,4 +201,40 @@ def test_cuda_library(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "[libtorch_cuda.so]" in dynamic and "[libtorch_cpu.so]" in dynamic and "cudart" not in dynamic
     monkeypatch.setattr(builder, "find_nvcc", lambda: None)
     with pytest.raises(builder.BuildError, match="nvcc"):
-        builder.build(tmp_path / "out", log=lambda _: None)
+        built()
+
+
+def test_a_missing_nvcc_is_said_where_it_would_be_used(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA build of torch the CUDA library is expected; without nvcc the rest is built and a line says what is missing."""
+    config = json.loads((csrc / "build.json").read_text())
+    config["cuda"]["sources"] = ["kernel.cu"]
+    (csrc / "build.json").write_text(json.dumps(config))
+    torch = tmp_path / "torch"
+    (torch / "lib").mkdir(parents=True)
+    (torch / "lib" / "libtorch_cuda.so").touch()
+    for folder in ("include", "lib"):
+        for path in (builder.find_torch() / folder).iterdir():
+            (torch / folder).mkdir(exist_ok=True)
+            if not (torch / folder / path.name).exists():
+                (torch / folder / path.name).symlink_to(path)
+    monkeypatch.setattr(builder, "find_torch", lambda: torch)
+    monkeypatch.setattr(builder, "find_nvcc", lambda: None)
+    monkeypatch.delenv("VITKERNELS_CUDA", raising=False)
+    said: list[str] = []
+    products = builder.build(tmp_path / "out", log=said.append)
+    assert builder.CUDA_LIBRARY not in [p.name for p in products]
+    assert any("CUDA library" in line and "nvcc" in line for line in said), said
+
+
+def test_cuda_inputs_follow_includes(csrc: Path) -> None:
+    """What a stamp of a CUDA kernel is keyed on: its source, what that includes, and nothing else."""
+    config = json.loads((csrc / "build.json").read_text())
+    config["cuda"]["sources"] = ["kernel.cu"]
+    (csrc / "build.json").write_text(json.dumps(config))
+    (csrc / "kernel.cu").write_text('#include "direct.cuh"\n#include <cmath>\n')
+    (csrc / "direct.cuh").write_text('#include "indirect.h"\n#include "direct.cuh"\n')
+    (csrc / "indirect.h").write_text("int x;\n")
+    assert {path.name for path in builder.cuda_inputs()} == {"kernel.cu", "direct.cuh", "indirect.h"}
+    before = proof.kernel_fingerprint.__wrapped__()
+    (csrc / "indirect.h").write_text("int y;\n")
+    assert proof.kernel_fingerprint.__wrapped__() != before

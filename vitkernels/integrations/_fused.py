@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitkernels.nn import _derived
+
 Role = Callable[[nn.Module], type]
 """What a module is or, for the ``accelerate`` under way, will be: its class, or the replacement mixin planned for it."""
 
@@ -83,6 +85,7 @@ def restore(module: nn.Module) -> None:
     if is_fused(module):
         module.__class__ = _without(type(module))
     _fell_back.pop(module, None)
+    _derived.drop(module)
 
 
 def _without(cls: type) -> type:

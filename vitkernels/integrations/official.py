@@ -1,20 +1,25 @@
 """The papers' own code, which is copied into projects under many module names: recognised by its attributes.
 
 MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, ``attn_dropout``, ``out_proj.block.conv``.
+
+EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
+``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitkernels.backends import backend
-from vitkernels.integrations import _checks
-from vitkernels.integrations._fused import Fused, Role, fused_class, published
+from vitkernels.integrations._fused import Fused, Role, fell_back, published, swap
+from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.separable import Attention, Layers, Patch
+from vitkernels.nn import _checks
 
 
 class CvnetsAttention(Attention):
@@ -35,7 +40,9 @@ class CvnetsAttention(Attention):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or _why_not_same(module)
+        return super()._vk_why_not(module, role) or _why_not_same(
+            "ml-cvnets' LinearSelfAttention", module, {"": cls}, (cls._vk_layers(module).out.in_channels, 3, 5)
+        )
 
     def forward(self, x: Tensor, x_prev: Tensor | None = None, *args: Any, patch_size: Patch | None = None, **kwargs: Any) -> Tensor:
         """The original's arguments; ``patch_size`` says that the tensor is a feature map."""
@@ -49,38 +56,110 @@ def _conv(projection: Any) -> Any:
     return getattr(getattr(projection, "block", None), "conv", projection)
 
 
-def _why_not_same(module: Any) -> str | None:
-    """A name and some attributes promise nothing about the code: run a copy once, in evaluation and in training, and compare."""
-    weight = CvnetsAttention._vk_weight(module)
+class CreamAttention(CascadedAttention):
+    """Cream's ``CascadedGroupAttention``. In evaluation Cream's code gathers its bias once and without gradients; here it is what the table says at
+    each call, and has its gradient.
+    """
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if (reason := super()._vk_why_not(module, role)) is not None:
+            return reason
+        side = math.isqrt(module.attention_biases.shape[1])
+        return _why_not_same("Cream's CascadedGroupAttention", module, {"": cls}, (_channels(module), side, side))
+
+
+class CreamWindowAttention(WindowAttention):
+    """Cream's ``LocalWindowAttention``, made for maps of one size."""
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if (reason := super()._vk_why_not(module, role)) is not None:
+            return reason
+        shape = (_channels(module.attn), module.resolution, module.resolution)
+        return _why_not_same("Cream's LocalWindowAttention", module, {"": cls, "attn": CreamAttention}, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result, and for a map of another size its error."""
+        if tuple(x.shape[2:]) != (self.resolution, self.resolution):
+            fell_back(self, f"the map is not {self.resolution} x {self.resolution}")
+            return super(WindowAttention, self).forward(x)
+        return super().forward(x)
+
+
+def _channels(attention: Any) -> int:
+    return attention.proj[1].weight.shape[0] if isinstance(attention.proj[1], nn.Conv2d) else attention.proj[1][0].weight.shape[0]
+
+
+def _why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...]) -> str | None:
+    """A name and some attributes promise nothing about the code: run a copy once, in evaluation and in training, and compare.
+
+    Args:
+        known_as: what it is taken for.
+        module: the module.
+        swaps: what would be replaced in it, by path.
+        shape: of an input, without the batch.
+    """
+    weight = swaps[""]._vk_weight(module)
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
         return "its code is recognised by attributes only, and cannot be checked by running it: its weights are not materialised here"
-    dim, cuda = weight.shape[1], [weight.device] if weight.is_cuda else []
+    cuda = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(cuda), torch.no_grad(), backend("reference"), torch.autocast(weight.device.type, enabled=False):
-        probe = copy.deepcopy(module).double()
-        x = torch.randn(2, dim, 3, 5, dtype=torch.float64, device=weight.device)
+        theirs, ours = copy.deepcopy(module).double(), copy.deepcopy(module).double()
+        for parameter, twin in zip(theirs.parameters(), ours.parameters(), strict=True):
+            # Away from zeros that would hide what they are multiplied with, such as the last norm's weight at the start of training.
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            twin.copy_(parameter)
+        for path, mixin in swaps.items():
+            swap(ours.get_submodule(path), mixin)
+        x = torch.randn(2, *shape, dtype=torch.float64, device=weight.device)
         for training in (False, True):
             outputs = []
-            for cls in (type(module), fused_class(type(module), CvnetsAttention)):
-                probe.__class__ = cls
+            for probe in (theirs, ours):
+                probe.train(training)
                 torch.manual_seed(0)
                 try:
                     # Not a call: the hooks on the module are for the user's data.
-                    outputs.append(probe.train(training).forward(x))
+                    outputs.append(probe.forward(x))
                 except Exception as error:  # whatever foreign code may raise
-                    return f"it has the attributes of ml-cvnets' LinearSelfAttention, but does not run like it: {error}"
-            theirs, ours = outputs
-            # Two chained sums over d in another order differ by about d roundings each.
-            bound = dim**2 * torch.finfo(x.dtype).eps * theirs.abs().max().clamp_min(1)
-            if theirs.shape != ours.shape or not (theirs - ours).abs().max() <= bound:
-                return "it has the attributes of ml-cvnets' LinearSelfAttention, but computes something else"
+                    return f"it has the attributes of {known_as}, but does not run like it: {error}"
+            expected, got = outputs
+            # Chained sums over d in another order differ by about d roundings each.
+            bound = shape[0] ** 2 * torch.finfo(x.dtype).eps * expected.abs().max().clamp_min(1)
+            if expected.shape != got.shape or not (expected - got).abs().max() <= bound:
+                return f"it has the attributes of {known_as}, but computes something else"
     return None
+
+
+_ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] = {
+    "LinearSelfAttention": (
+        CvnetsAttention,
+        {"qkv_proj", "attn_dropout", "out_proj"},
+        {"out_dropout"},
+        ("embed_dim", "qkv_proj.block", "out_proj.block"),
+    ),
+    "CascadedGroupAttention": (
+        CreamAttention,
+        {"qkvs", "dws", "proj"},
+        set(),
+        ("key_dim", "scale", "attention_biases", "attention_bias_idxs"),
+    ),
+    "LocalWindowAttention": (CreamWindowAttention, {"attn"}, set(), ("resolution", "window_resolution", "attn.attention_bias_idxs")),
+}
+"""Class name: the replacement, the children it has, those it may have, and the attributes."""
 
 
 def match(module: nn.Module) -> type[Fused] | None:
     """The replacement for a class known by its attributes, or ``None``."""
-    children = module._modules.keys()
-    required = {"qkv_proj", "attn_dropout", "out_proj"}
-    if published(type(module)).__name__ != "LinearSelfAttention" or not required <= children <= required | {"out_dropout"}:
+    known = _ATTRIBUTES.get(published(type(module)).__name__)
+    if known is None:
         return None
-    named = hasattr(module, "embed_dim") and all(hasattr(getattr(module, name), "block") for name in ("qkv_proj", "out_proj"))
-    return CvnetsAttention if named else None
+    mixin, required, optional, attributes = known
+    children = module._modules.keys()
+    return mixin if required <= children <= required | optional and all(_has(module, path) for path in attributes) else None
+
+
+def _has(module: Any, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is not None

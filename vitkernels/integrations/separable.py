@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.integrations import _checks
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
+from vitkernels.nn import _checks
 from vitkernels.ops.separable.reference import fold, unfold
 
 Patch = tuple[int, int]

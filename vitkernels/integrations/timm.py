@@ -1,4 +1,4 @@
-"""timm: MobileViTv2."""
+"""timm: MobileViTv2, EfficientViT (MSRA)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.integrations._fused import Fused, Role
+from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 
 
@@ -73,4 +74,6 @@ TABLE: dict[str, type[Fused]] = {
     "timm.models.mobilevit.LinearSelfAttention": TimmAttention,
     "timm.models.mobilevit.LinearTransformerBlock": TimmLayer,
     "timm.models.mobilevit.MobileVitV2Block": TimmBlock,
+    "timm.models.efficientvit_msra.CascadedGroupAttention": CascadedAttention,
+    "timm.models.efficientvit_msra.LocalWindowAttention": WindowAttention,
 }

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import _checks
 from vitkernels.integrations._fused import Fused, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
+from vitkernels.nn import _checks
 
 _MODELING = "transformers.models.mobilevitv2.modeling_mobilevitv2."
 

@@ -1,5 +1,6 @@
 """Modules for people who build models."""
 
+from vitkernels.nn.cascaded_group import CascadedGroupAttention, EfficientViTBlock
 from vitkernels.nn.separable import SeparableSelfAttention
 
-__all__ = ["SeparableSelfAttention"]
+__all__ = ["CascadedGroupAttention", "EfficientViTBlock", "SeparableSelfAttention"]

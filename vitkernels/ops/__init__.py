@@ -3,6 +3,7 @@
 Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation the README.md beside it.
 """
 
+from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
 from vitkernels.ops.separable.op import separable_attention, separable_self_attention
 
-__all__ = ["separable_attention", "separable_self_attention"]
+__all__ = ["cascaded_group_attention", "cascaded_group_attention_batch_norm", "separable_attention", "separable_self_attention"]

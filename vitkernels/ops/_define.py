@@ -28,6 +28,7 @@ def define(
     backward_fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    cast_by_autocast: tuple[int, ...] | None = None,
 ) -> None:
     """Define ``<namespace>::<name>`` and ``<namespace>::<name>_backward`` with fakes, autograd and autocast, in both namespaces.
 
@@ -39,6 +40,7 @@ def define(
         backward_fake: shape function of its backward.
         setup_context: as for :func:`torch.library.register_autograd`.
         backward: ``backward(op, ctx, *grads)`` with ``op`` the namespace's own ``<name>_backward``.
+        cast_by_autocast: positions of the arguments that autocast casts; None for all tensors.
     """
     for namespace, library in _LIBRARIES.items():
         library.define(name + schema, tags=_TAGS)
@@ -54,7 +56,7 @@ def define(
         torch.library.register_autograd(f"{namespace}::{name}", run_backward, setup_context=setup_context, lib=library)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            library.impl(name, _autocast(forward_op, key, device), key)
+            library.impl(name, _autocast(forward_op, key, device, cast_by_autocast), key)
 
 
 def _no_double_backward(name: str) -> Callable[..., Any]:
@@ -71,13 +73,13 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _autocast(op: Any, key: str, device: str) -> Callable[..., Any]:
+def _autocast(op: Any, key: str, device: str, positions: tuple[int, ...] | None) -> Callable[..., Any]:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return op(*(cast(a, dtype) for a in args), **{k: cast(v, dtype) for k, v in kwargs.items()})
+            return op(*(cast(a, dtype) if positions is None or i in positions else a for i, a in enumerate(args)), **kwargs)
 
     return run
 

@@ -1,0 +1,68 @@
+// What every op's entry point needs: tensors to plain structs, and the kernel table of this CPU.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/map.h"
+
+namespace vitkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "vitkernels: the dtype must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline ScalarType accumulation_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Map map_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}; }
+
+inline const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) { return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt; }
+
+inline void check_same(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "vitkernels: ", name, " must have the dtype of the first argument");
+}
+
+}  // namespace vitkernels
+
+#if defined(VITKERNELS_HAVE_AVX512_BF16)
+#define VITKERNELS_CASE_AVX512_BF16(table) case ::vitkernels::isa::Isa::kAvx512Bf16: return avx512_bf16::table();
+#else
+#define VITKERNELS_CASE_AVX512_BF16(table)
+#endif
+#if defined(VITKERNELS_HAVE_AVX512)
+#define VITKERNELS_CASE_AVX512(table) case ::vitkernels::isa::Isa::kAvx512: return avx512::table();
+#else
+#define VITKERNELS_CASE_AVX512(table)
+#endif
+#if defined(VITKERNELS_HAVE_AVX2)
+#define VITKERNELS_CASE_AVX2(table) case ::vitkernels::isa::Isa::kAvx2: return avx2::table();
+#else
+#define VITKERNELS_CASE_AVX2(table)
+#endif
+
+// The body of a function that returns a family's kernel table for the instruction set in use.
+#define VITKERNELS_SELECT_KERNELS(table)     \
+  switch (::vitkernels::isa::selected()) {   \
+    VITKERNELS_CASE_AVX512_BF16(table)       \
+    VITKERNELS_CASE_AVX512(table)            \
+    VITKERNELS_CASE_AVX2(table)              \
+    default: return baseline::table();       \
+  }

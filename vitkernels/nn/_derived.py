@@ -1,0 +1,144 @@
+"""Values derived from a module's weights: kept outside of the module, and valid only as long as nothing they came from has changed.
+
+A folded or packed weight is worth keeping only if asking whether it is still right costs less than the kernel that uses it, some tens of
+microseconds. So what can change is laid out once in flat lists that a few passes in C compare.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Plan = TypeVar("Plan")
+Value = TypeVar("Value")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SETTINGS: dict[type[nn.Module], Callable[[nn.Module], Any]] = {
+    nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: attrgetter("training", "eps", "track_running_stats"),
+}
+_version = attrgetter("_version")
+
+
+class _Snapshot:
+    """What the modules below a module are: their classes, children, tensors, hooks, and the settings of their convolutions and norms.
+
+    It holds no reference to the module itself, but to everything below: an identity that is compared must not be given to another object meanwhile.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._below = modules[1:]
+        self._classes = list(map(type, self._below))
+        self._own = [m.__dict__ for m in self._below]
+        self._hooks = [getattr(m, name) for m in self._below for name in _HOOKS]
+        self._tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        self._contents: list[Any] = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._settings = [(get, m) for m in self._below for kind, get in _SETTINGS.items() if isinstance(m, kind)]
+        self._values = [get(m) for get, m in self._settings]
+        self.tensors: list[Tensor] = [value for value in self._contents if isinstance(value, Tensor)]
+
+    def holds(self) -> bool:
+        """Whether all of it is as it was, and nobody's hook waits below."""
+        contents = list(chain.from_iterable(map(dict.values, self._tables)))
+        return (
+            len(contents) == len(self._contents)
+            and all(map(is_, contents, self._contents))
+            and not any(self._hooks)
+            and list(map(type, self._below)) == self._classes
+            and not any(map(contains, self._own, repeat("forward")))
+            and [get(m) for get, m in self._settings] == self._values
+        )
+
+
+class _Entry(Generic[Plan, Value]):
+    """What is known of one module."""
+
+    def __init__(self, module: nn.Module, plan: Plan, settings: Any) -> None:
+        self.snapshot = _Snapshot(module)
+        self.plan, self.settings = plan, settings
+        self._marks: list[int] = []
+        self._sources: list[Tensor] = []
+        self._kept: dict[Hashable, Value] = {}
+
+    def value(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """``make()`` without gradients, or what it returned for this ``key`` if no tensor was written since."""
+        tensors = self.snapshot.tensors
+        try:
+            marks = [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]
+        except RuntimeError:  # inference tensors count no versions
+            return _without_gradient(make)
+        if marks != self._marks:
+            # `parameter.data = other` (as in module.half()) changes neither identity nor version: only the address tells, as long as
+            # the old memory is held and cannot be handed out again.
+            self._sources = [tensor.detach() for tensor in tensors]
+            self._marks, self._kept = marks, {}
+        if key not in self._kept:
+            value = _without_gradient(make)
+            if _written_unseen(tensors):
+                return value
+            self._kept[key] = value
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Drop the values: somebody may write the tensors by ways that count no version (``parameter.data.add_()``, some fused optimizers)."""
+        self._marks, self._sources, self._kept = [], [], {}
+
+
+def _without_gradient(make: Callable[[], Value]) -> Value:
+    # Ordinary tensors even in inference mode: a later call may want them saved for the gradient of its input.
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
+
+
+def _written_unseen(tensors: list[Tensor]) -> bool:
+    """True where writes count no version: in memory shared with other processes, and where FSDP gathers weights into the tensors of the last time."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed or any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)
+
+
+class Derived(Generic[Plan, Value]):
+    """What is derived from modules of one kind: a plan (what stands where, valid while the modules stay the same), and values made of their tensors.
+
+    Not part of any module: not in its ``state_dict``, its pickles or its copies. An entry lives as long as its module.
+
+    Args:
+        plan: makes the plan of a module.
+        settings: what the plan read of the module's own attributes, beside everything below it.
+    """
+
+    def __init__(self, plan: Callable[[Any], Plan], settings: Callable[[Any], Any]) -> None:
+        self._plan, self._settings = plan, settings
+        self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry[Plan, Value]] = weakref.WeakKeyDictionary()
+        _all.append(self)
+
+    def entry(self, module: nn.Module) -> _Entry[Plan, Value]:
+        """The plan and the values of ``module`` as it is now."""
+        entry = self._entries.get(module)
+        settings = self._settings(module)
+        if entry is None or entry.settings != settings or not entry.snapshot.holds():
+            entry = self._entries[module] = _Entry(module, self._plan(module), settings)
+        return entry
+
+    def drop(self, module: nn.Module) -> None:
+        self._entries.pop(module, None)
+
+
+_all: list[Derived[Any, Any]] = []
+
+
+def drop(module: nn.Module) -> None:
+    """Free everything derived from ``module``."""
+    for derived in _all:
+        derived.drop(module)
+
+
+def gradient_wanted(tensors: list[Tensor]) -> bool:
+    """True if autograd has to see what is made of ``tensors``."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

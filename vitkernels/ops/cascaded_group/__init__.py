@@ -1,0 +1,1 @@
+"""Cascaded group attention of EfficientViT."""
