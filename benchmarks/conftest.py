@@ -78,4 +78,4 @@ def step(contest: Contest, request: pytest.FixtureRequest) -> Any:
     with backends.backend(name), torch.set_grad_enabled(contest.backward):
         for comparison in judge(contest.function):
             assert comparison.holds, f"not timed, because it is wrong: {comparison}"
-        yield bench.step(contest.function, [sample], judge.grad_output)
+        yield bench.step(contest.function, [sample], judge.grad_outputs)

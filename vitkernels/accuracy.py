@@ -3,13 +3,19 @@
 The error of a fast path against float64 may be at most twice the error of the same eager math run in the input dtype, plus two rounding steps of the
 largest value: one for the result itself, one for a term as large that is summed in another order. Nothing in it is chosen by hand: the numbers come
 from the data.
+
+An error is a draw of rounding noise, and among hundreds of small tensors some draws are lucky, for either side: of two ways to write cascaded group
+attention in plain PyTorch, one breaks the rule against the other in 1 % of all float32 tensors, though their errors are equal in the median. So where
+the rule is broken both sides draw :data:`REDRAWS` more times, on inputs and output gradients moved by a quarter (float64 on the same ones), and the
+median errors count.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +24,8 @@ from torch import Tensor
 from vitkernels.registry import Sample
 
 Function = Callable[..., Any]
+REDRAWS = 16
+REDRAW_STEP = 1 / 4  # exact in every dtype; by a sixteenth, medians of nine draws still kept some of the first one
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Comparison:
 
 
 def compare_tensors(name: str, fast: Tensor, eager: Tensor, exact: Tensor) -> Comparison:
-    """Judge one tensor. ``exact`` is float64; ``fast`` and ``eager`` are in the input dtype.
+    """Judge one tensor. ``exact`` is float64; ``fast`` and ``eager`` are of one dtype.
 
     Where eager itself is not finite (float16 overflows) nothing is asked of the fast path; where eager is finite and the fast path is not, the
     error is infinite.
@@ -83,22 +91,41 @@ def compare_tensors(name: str, fast: Tensor, eager: Tensor, exact: Tensor) -> Co
 
 def as_float64(sample: Sample) -> Sample:
     """The same values in float64, on the same device, as leaves of their own."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().double().requires_grad_(value.requires_grad)
-        return value
-
-    return Sample(sample.name, tuple(map(convert, sample.args)), {k: convert(v) for k, v in sample.kwargs.items()})
+    return sample.mapped(lambda tensor: tensor.detach().double().requires_grad_(tensor.requires_grad))
 
 
 def with_grad(sample: Sample) -> Sample:
     """The same tensors as new leaves that require a gradient."""
+    return sample.mapped(lambda tensor: tensor.detach().requires_grad_())
 
-    def leaf(value: Any) -> Any:
-        return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return Sample(sample.name, tuple(map(leaf, sample.args)), {k: leaf(v) for k, v in sample.kwargs.items()})
+def jittered(sample: Sample, seed: int, step: float | None = None) -> Sample:
+    """The same call with every element up or down by ``step`` times itself, at random; default one rounding step. Strides stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(tensor: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor)
+        values = tensor.detach() * (1 + (step or torch.finfo(tensor.dtype).eps) * signs)
+        return _in_layout_of(tensor, values).requires_grad_(tensor.requires_grad)
+
+    return sample.mapped(move)
+
+
+def redrawn(sample: Sample, grad_outputs: Sequence[Tensor] | None, seed: int) -> tuple[Sample, tuple[Tensor, ...] | None]:
+    """Another draw of a call and of the gradients of its outputs: the same kind of numbers in the same layouts, rounding differently."""
+    grads = None if grad_outputs is None else jittered(Sample("", tuple(grad_outputs)), seed, REDRAW_STEP).args
+    return jittered(sample, seed + REDRAWS, REDRAW_STEP), grads
+
+
+def _in_layout_of(like: Tensor, values: Tensor) -> Tensor:
+    """``values`` under the strides of ``like``, in memory of their own that is NaN in the gaps; of an expanded dimension the first values."""
+    if not like.numel():
+        return values
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    moved = values.new_full((extent,), torch.nan).as_strided(like.shape, like.stride())
+    distinct = tuple(slice(1) if stride == 0 else slice(None) for stride in like.stride())
+    moved[distinct].copy_(values[distinct])
+    return moved
 
 
 def leaves(sample: Sample) -> list[Tensor]:
@@ -107,9 +134,13 @@ def leaves(sample: Sample) -> list[Tensor]:
 
 
 def gradient_names(function: Function, sample: Sample) -> list[str]:
-    """``grad x`` and so on, in the order of :func:`leaves`."""
-    bound = inspect.signature(function).bind(*sample.args, **sample.kwargs)
-    return [f"grad {name}" for name, value in bound.arguments.items() if isinstance(value, Tensor) and value.requires_grad]
+    """``grad x``, ``grad qkv_weights[1]`` and so on, in the order of :func:`leaves`."""
+    return [f"grad {name}" for name, tensor in sample.named_tensors(function).items() if tensor.requires_grad]
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """An op's outputs as a tuple: most have one."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def output_gradient(output: Tensor) -> Tensor:
@@ -119,20 +150,31 @@ def output_gradient(output: Tensor) -> Tensor:
     return torch.empty_like(output, requires_grad=False).copy_(values.to(output.device))
 
 
-def evaluate(function: Function, sample: Sample, grad_output: Tensor | None = None) -> list[Tensor]:
-    """The output of a call, then, if ``grad_output`` is given, every gradient."""
-    output = function(*sample.args, **sample.kwargs)
-    if grad_output is None:
-        return [output]
-    wanted = leaves(sample)
-    return [output, *torch.autograd.grad(output, wanted, grad_output.to(output.dtype))] if wanted else [output]
+def output_gradients(result: Any) -> tuple[Tensor, ...]:
+    """:func:`output_gradient` of every output of an op."""
+    return tuple(map(output_gradient, as_tuple(result)))
+
+
+def gradients(result: Any, wanted: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of every tensor in ``wanted``, given those of an op's outputs; of outputs that are not differentiable it is not used."""
+    pairs = [(output, grad) for output, grad in zip(as_tuple(result), grad_outputs, strict=True) if output.requires_grad]
+    return torch.autograd.grad([output for output, _ in pairs], wanted, [grad for _, grad in pairs])
+
+
+def evaluate(function: Function, sample: Sample, grad_outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The outputs of a call, then, if ``grad_outputs`` are given, every gradient."""
+    outputs = as_tuple(function(*sample.args, **sample.kwargs))
+    if grad_outputs is None:
+        return [*outputs]
+    grad_outputs = [grad.to(output.dtype) for grad, output in zip(grad_outputs, outputs, strict=True)]
+    return [*outputs, *gradients(outputs, leaves(sample), grad_outputs)]
 
 
 class Judge:
     """Float64 and eager results of one call, computed once; every fast path is then judged against them.
 
     Attributes:
-        grad_output: the gradient of the output that was used, in the input dtype; ``None`` if no tensor of the sample requires one.
+        grad_outputs: the gradients of the outputs that were used, in the outputs' own dtypes; ``None`` if no tensor of the sample requires one.
 
     Args:
         reference: the definition, in plain PyTorch.
@@ -141,21 +183,43 @@ class Judge:
     """
 
     def __init__(self, reference: Function, sample: Sample, names: Function | None = None) -> None:
-        self._sample = sample
-        self._names = ["output"]
-        self.grad_output: Tensor | None = None
+        self._reference, self._sample = reference, sample
+        self.grad_outputs: tuple[Tensor, ...] | None = None
         if leaves(sample):
             with torch.no_grad():
-                self.grad_output = output_gradient(reference(*sample.args, **sample.kwargs))
-            self._names += gradient_names(names or reference, sample)
-        self._eager = evaluate(reference, sample, self.grad_output)
-        grad_output = None if self.grad_output is None else self.grad_output.double()
-        self._exact = evaluate(reference, as_float64(sample), grad_output)
+                self.grad_outputs = output_gradients(reference(*sample.args, **sample.kwargs))
+        self._eager = evaluate(reference, sample, self.grad_outputs)
+        self._exact = evaluate(reference, as_float64(sample), self.grad_outputs)
+        gradient = gradient_names(names or reference, sample)
+        outputs = len(self._eager) - len(gradient)
+        self._names = [*(["output"] if outputs == 1 else [f"output {i}" for i in range(outputs)]), *gradient]
 
     def __call__(self, function: Function) -> list[Comparison]:
-        """Judge ``function`` on the same call: the output, then every gradient."""
-        fast = evaluate(function, self._sample, self.grad_output)
-        return [compare_tensors(*four) for four in zip(self._names, fast, self._eager, self._exact, strict=True)]
+        """Judge ``function`` on the same call: the outputs, then every gradient."""
+        fast = evaluate(function, self._sample, self.grad_outputs)
+        found = self._compared(fast, self._eager, self._exact)
+        if all(comparison.holds or comparison.error == float("inf") for comparison in found):
+            return found
+        draws = [found]
+        for moved, grad_outputs, eager, exact in self._redrawn:
+            draws.append(self._compared(evaluate(function, moved, grad_outputs), eager, exact))
+        return [
+            replace(same[0], error=statistics.median(c.error for c in same), eager_error=statistics.median(c.eager_error for c in same))
+            for same in zip(*draws, strict=True)
+        ]
+
+    def _compared(self, fast: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> list[Comparison]:
+        return [compare_tensors(*four) for four in zip(self._names, fast, eager, exact, strict=True)]
+
+    @functools.cached_property
+    def _redrawn(self) -> list[tuple[Sample, tuple[Tensor, ...] | None, list[Tensor], list[Tensor]]]:
+        """Further draws: the call on other inputs, the gradients of its outputs, eager's results, float64's."""
+        draws = []
+        for seed in range(REDRAWS):
+            moved, grad_outputs = redrawn(self._sample, self.grad_outputs, seed)
+            eager, exact = (evaluate(self._reference, call, grad_outputs) for call in (moved, as_float64(moved)))
+            draws.append((moved, grad_outputs, eager, exact))
+        return draws
 
 
 def worst(comparisons: Sequence[Comparison] | Iterator[Comparison]) -> Comparison:

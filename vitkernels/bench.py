@@ -130,13 +130,13 @@ def _roofs(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple[d
     return {_GEMM: gemm(dtype), _GEMM32: gemm(torch.float32), _COPY: lambda: target.copy_(source)}, side
 
 
-def step(function: Callable[..., Any], samples: Sequence[Sample], grad_output: Tensor | None) -> timing.Call:
+def step(function: Callable[..., Any], samples: Sequence[Sample], grad_outputs: Sequence[Tensor] | None) -> timing.Call:
     """One step as a callable: the forward, or the forward and the gradient of every input."""
-    if grad_output is None:
+    if grad_outputs is None:
         return timing.rotating(lambda sample: function(*sample.args, **sample.kwargs), [(sample,) for sample in samples])
 
     def run(sample: Sample, wanted: list[Tensor]) -> Any:
-        return torch.autograd.grad(function(*sample.args, **sample.kwargs), wanted, grad_output)
+        return accuracy.gradients(function(*sample.args, **sample.kwargs), wanted, grad_outputs)
 
     return timing.rotating(run, [(sample, accuracy.leaves(sample)) for sample in samples])
 
@@ -199,8 +199,7 @@ def bench_case(
             reason = f"{verdict.name}: error {verdict.error:.2e} against float64, eager's is {verdict.eager_error:.2e}"
             refused.append(Refused(spec.name, case.name, dtype_name, mode, contender.name, reason, wrong=True))
 
-    grad_output = judge.grad_output
-    calls = {name: step(contender.function, samples, grad_output) for name, (contender, _) in right.items()}
+    calls = {name: step(contender.function, samples, judge.grad_outputs) for name, (contender, _) in right.items()}
     roofs, side = _roofs(case, dtype, device)
     with torch.set_grad_enabled(backward):
         measured = timing.interleave(

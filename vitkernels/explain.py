@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from vitkernels import backends, registry
 
@@ -27,7 +28,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> backends
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     spec = registry.get(name)
-    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    tensor = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None)
     if tensor is None:
         raise TypeError(f"explain({spec.name}): give the tensors you would call it with; there is none among the arguments")
     return backends.explain_for(spec.name, tensor)

@@ -6,11 +6,13 @@ An op enters by one :class:`OpSpec`, built in ``ops/<family>/spec.py`` and impor
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Reason = str | None
 
@@ -19,7 +21,7 @@ Reason = str | None
 class Sample:
     """One call of an op: ``spec.function(*args, **kwargs)``.
 
-    ``args`` hold fresh tensors whose ``requires_grad`` is already set where the op is differentiable.
+    ``args`` hold fresh tensors, also in lists and tuples, whose ``requires_grad`` is already set where the op is differentiable.
     """
 
     name: str
@@ -27,8 +29,30 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors among the arguments, in order."""
-        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, torch.Tensor)]
+        """The tensors among the arguments, in order, those in lists included."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def named_arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The arguments by the name of ``function``'s parameter."""
+        return dict(inspect.signature(function).bind(*self.args, **self.kwargs).arguments)
+
+    def named_tensors(self, function: Callable[..., Any]) -> dict[str, torch.Tensor]:
+        """:meth:`tensors` by name: ``x``, ``qkv_weights[1]``, ``qkv_norms[0][1]``."""
+        return {
+            name + pytree.keystr(path): leaf
+            for name, argument in self.named_arguments(function).items()
+            for path, leaf in pytree.tree_leaves_with_path(argument)
+            if isinstance(leaf, torch.Tensor)
+        }
+
+    def mapped(self, change: Callable[[torch.Tensor], Any]) -> Sample:
+        """The same call with every floating tensor replaced by ``change(tensor)``."""
+
+        def apply(tensor: torch.Tensor) -> Any:
+            return change(tensor) if tensor.is_floating_point() else tensor
+
+        args, kwargs = pytree.tree_map_only(torch.Tensor, apply, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,9 @@ class OpSpec:
         bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/``.
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
+        kept_by_autocast: parameters of ``function`` that autocast leaves in their own dtype, as ``F.batch_norm`` leaves its weight and bias.
+
+    Which outputs are differentiable is nowhere listed: those of ``reference`` that require a gradient.
     """
 
     name: str
@@ -85,14 +112,16 @@ class OpSpec:
     bench_cases: tuple[BenchCase, ...]
     saved_bytes: Callable[[Sample], int]
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    kept_by_autocast: tuple[str, ...] = ()
 
 
 @functools.cache
 def all_specs() -> dict[str, OpSpec]:
     """Every op's spec by name."""
+    from vitkernels.ops.cascaded_group import spec as cascaded_group
     from vitkernels.ops.separable import spec as separable
 
-    return {spec.name: spec for spec in (*separable.SPECS,)}
+    return {spec.name: spec for spec in (*separable.SPECS, *cascaded_group.SPECS)}
 
 
 def get(name: str) -> OpSpec:

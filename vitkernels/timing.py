@@ -20,13 +20,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Call = Callable[[], Any]
 # Never fewer kept rounds than this: below it the disturbed rounds count too and the result calls itself weak.
 MIN_CLEAN_ROUNDS = 3
+
+
+class Elsewhere(Protocol):
+    """Something to time that runs in a process of its own and reads its own clock.
+
+    Attributes:
+        cpu_seconds: CPU time its process has used: not time that others took.
+    """
+
+    cpu_seconds: float
+
+    def seconds_per_call(self, calls: int) -> float:
+        """Run ``calls`` times; the seconds one took."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +135,10 @@ class ProcStatGuard:
         return others - self._start[0] > 0.025 + 0.1 * (now - self._start[1])
 
 
-def default_guard() -> ProcStatGuard | None:
+def default_guard(own_time: Callable[[], float] = time.process_time) -> ProcStatGuard | None:
     """The guard where the system has ``/proc/stat`` to read, else ``None``."""
     try:
-        return ProcStatGuard()
+        return ProcStatGuard(own_time=own_time)
     except (OSError, ValueError):
         return None
 
@@ -150,6 +163,7 @@ def _run(call: Call, calls: int, device: torch.device) -> float:
 def interleave(
     variants: Mapping[str, Call],
     *,
+    elsewhere: Mapping[str, Elsewhere] | None = None,
     rounds: int = 20,
     min_time: float = 0.010,
     budget: float = math.inf,
@@ -163,6 +177,7 @@ def interleave(
 
     Args:
         variants: what to time, by name.
+        elsewhere: variants that run in processes of their own.
         rounds: undisturbed rounds wanted. At most three times as many are run.
         min_time: a variant is called as often per round as this many seconds take, at least once.
         budget: stop after this many seconds, once three rounds are there.
@@ -179,21 +194,28 @@ def interleave(
         raise ValueError(f"interleave needs variants and a positive number of rounds; got {len(variants)} variants and rounds={rounds}")
     device = torch.device(device)
     contexts = contexts or {}
-    judge = (default_guard() if guard is True else guard) or None
+    remote = elsewhere or {}
+
+    def own_time() -> float:
+        return time.process_time() + sum(variant.cpu_seconds for variant in remote.values())
+
+    judge = (default_guard(own_time) if guard is True else guard) or None
     shuffle = random.Random(seed).shuffle
 
     def run(name: str, calls: int) -> float:
+        if name in remote:
+            return remote[name].seconds_per_call(calls)
         with contexts.get(name, contextlib.nullcontext)():
             return _run(variants[name], calls, device)
 
     begin = time.perf_counter()
     # The first call pays for compilation, caches and page faults; the second tells how many calls fill min_time.
+    order = [*variants, *remote]
     calls = {}
-    for name in variants:
+    for name in order:
         run(name, 1)
         calls[name] = max(1, min(100_000, math.ceil(min_time / max(run(name, 1), 1e-9))))
 
-    order = list(variants)
     clean: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     while len(clean) < rounds and len(clean) + len(disturbed) < 3 * rounds:
@@ -209,7 +231,7 @@ def interleave(
 
     weak = len(clean) < min(MIN_CLEAN_ROUNDS, rounds)
     kept = clean + disturbed if weak else clean
-    timings = {name: Timing(tuple(r[name] for r in kept)) for name in variants}
+    timings = {name: Timing(tuple(r[name] for r in kept)) for name in calls}
     return Measurement(timings, len(kept), 0 if weak else len(disturbed), weak)
 
 

@@ -2,7 +2,7 @@
 // instead of one; between them the activations of all windows lie token-major in memory.
 //
 // The qkv convolution's output y = W f is never formed to be measured: with mu and Cov the mean and covariance of f, mean(y) = W mu and var(y) = diag(W Cov W^T). With
-// s = gamma / sigma, q | k | v = s W (f - mu) + beta is again an affine map, and what its backward needs of the statistics is a sum over windows too:
+// s = gamma / sigma, q | k | v = s W (f - mu) + beta is an affine map of f, and what its backward needs of the statistics is a sum over windows too:
 // from G = sum dy (f - mu)^T follow dW, dgamma and the gradient M = 2/T sum_o dvar_o W_o W_o^T of the covariance, which reaches f as M (f - mu).
 #pragma once
 
@@ -63,10 +63,12 @@ inline void add_moments(int64_t tokens, const T* rows, int64_t row, int64_t colu
   total.merge(static_cast<double>(tokens), [&](int64_t c) { return mean[c]; }, [&](int64_t c) { return m2[c]; });
 }
 
+constexpr int64_t kTokens = 16;  // summed in T before double takes over
+
 // sums[c] += sum_n value(n, c), a vector at a time; a few tokens in T, then double.
 template <class T, class Value>
 inline void add_double(int64_t tokens, int64_t columns, double* sums, const Value& value) {
-  constexpr int64_t lanes = kLanes<T>, kTokens = 16;
+  constexpr int64_t lanes = kLanes<T>;
   for (int64_t c = 0; c < columns; c += lanes) {
     for (int64_t first = 0; first < tokens; first += kTokens) {
       Vec<T> sum = {};
@@ -141,13 +143,11 @@ struct NormPass {
   void set_dw(const NormRow<T>& row, int64_t head) const { set(row, norms.dw, head * l.key_dim, l.key_dim, false); }
   void set_proj(const NormRow<T>& row) const { set(row, norms.proj, 0, l.channels, false); }
 
-  // The head with its qkv norm folded into it, for an input about its mean: s W (f - mu) + beta. `folded` holds [split][qkv_row].
-  HeadWeights<T> fold(int64_t head, const NormRow<T>& norm, T* folded) const {
+  // The head with its qkv norm, for an input about its mean: s (W (f - mu)) + beta. s is not multiplied into W: a rounded weight would be an error that all
+  // tokens share.
+  HeadWeights<T> normed(int64_t head, const NormRow<T>& norm) const {
     HeadWeights<T> w = weights.head(head);
-    for (int64_t c = 0; c < l.split; ++c) {
-      for (int64_t j = 0; j < l.qkv_row; j += lanes) store(folded + c * l.qkv_row + j, load(w.qkv.data + c * w.qkv.row + j) * load(norm.factor + j));
-    }
-    w.qkv = {folded, l.qkv_row};
+    w.qkv_factor = norm.factor;
     w.qkv_bias = norm.beta;
     return w;
   }
@@ -201,9 +201,12 @@ struct NormForwardPass : NormPass<T> {
       for (int64_t window = range.begin; window < range.end; ++window) {
         T* rows = f + window * l.tokens * f_row;
         this->centre(rows, f_row, mean, rows, f_row);
-        gemm<T>(l.split, l.tokens, l.split_row / lanes, rows, 1, f_row, rows, f_row,
-                [&](int64_t row, int64_t vector, Vec<T> acc) { store(gram + row * l.split_row + vector * lanes, acc); });
-        for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(gram[i]);
+        for (int64_t first = 0; first < l.tokens; first += kTokens) {
+          const T* part = rows + first * f_row;
+          gemm<T>(l.split, min_of(kTokens, l.tokens - first), l.split_row / lanes, part, 1, f_row, part, f_row,
+                  [&](int64_t row, int64_t vector, Vec<T> acc) { store(gram + row * l.split_row + vector * lanes, acc); });
+          for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(gram[i]);
+        }
       }
     });
     this->add_doubles(totals, size);
@@ -257,7 +260,6 @@ struct NormForwardPass : NormPass<T> {
   void run() const {
     const int64_t N = l.tokens, all = this->all_tokens();
     Buffer<T> x(all * l.x_row), f(all * l.split_row), convolved(all * l.key_row), cat(all * l.cat_row);
-    Buffer<T> folded(l.split * l.qkv_row);
     Buffer<double> moments((1 + l.split) * l.split);
     Buffer<T> qkv_norm_memory(NormRow<T>::size(l.qkv_row)), dw_norm_memory(NormRow<T>::size(l.key_row));
     Buffer<double> sums(workers * l.split_row), moments_memory(workers * Moments::size(max_of(l.key_row, l.channel_row)));
@@ -279,7 +281,7 @@ struct NormForwardPass : NormPass<T> {
       measure_qkv(head, moments);
       const NormRow<T> qkv_norm(qkv_norm_memory, l.qkv_row), dw_norm(dw_norm_memory, l.key_row);
       this->set_qkv(qkv_norm, head);
-      const HeadWeights<T> w = this->fold(head, qkv_norm, folded);
+      const HeadWeights<T> w = this->normed(head, qkv_norm);
 
       // q through its convolution, and the statistics of that.
       std::vector<Moments> parts;
@@ -424,7 +426,6 @@ struct NormBackwardPass : NormPass<T> {
     const int64_t N = l.tokens, all = this->all_tokens(), taps = weights.taps();
     const bool need_weights = args.grad.qkv_weight;
     Buffer<T> f(l.heads * all * l.split_row), cat(all * l.cat_row), grad_y(all * l.channel_row), grad_qkv(all * l.qkv_row), convolved(all * l.key_row);
-    Buffer<T> folded(l.heads * l.split * l.qkv_row), folded_back(l.qkv_row * l.split_row);
     Buffer<T> qkv_norm_memory(l.heads * NormRow<T>::size(l.qkv_row)), dw_norm_memory(l.heads * NormRow<T>::size(l.key_row)), proj_norm_memory(NormRow<T>::size(l.channel_row));
     std::vector<NormRow<T>> qkv_norms, dw_norms;
     std::vector<HeadWeights<T>> heads;
@@ -433,7 +434,7 @@ struct NormBackwardPass : NormPass<T> {
       dw_norms.emplace_back(dw_norm_memory + h * NormRow<T>::size(l.key_row), l.key_row);
       this->set_qkv(qkv_norms.back(), h);
       this->set_dw(dw_norms.back(), h);
-      heads.push_back(this->fold(h, qkv_norms.back(), folded + h * l.split * l.qkv_row));
+      heads.push_back(this->normed(h, qkv_norms.back()));
     }
     const NormRow<T> proj_norm(proj_norm_memory, l.channel_row);
     this->set_proj(proj_norm);
@@ -527,10 +528,15 @@ struct NormBackwardPass : NormPass<T> {
       gemm<T>(N, l.split, l.split_row / lanes, input(head, window), l.split_row, 1, covariance_grad.get(), l.split_row,
               [&](int64_t row, int64_t vector, Vec<T> acc) { store(through + row * l.split_row + vector * lanes, acc); });
       T* grads = grad_qkv + window * N * l.qkv_row;
+      const T* factor = qkv_norms[static_cast<size_t>(head)].factor;
       for (int64_t n = 0; n < N; ++n) {
-        for (int64_t c = 0; c < l.qkv_row; c += lanes) store(grads + n * l.qkv_row + c, load(grads + n * l.qkv_row + c) - load(qkv_mean_grad + c));
+        for (int64_t c = 0; c < l.qkv_row; c += lanes) {
+          T* place = grads + n * l.qkv_row + c;
+          store(place, (load(place) - load(qkv_mean_grad + c)) * load(factor + c));
+        }
       }
-      gemm<T>(N, l.qkv_row, l.split_row / lanes, grads, l.qkv_row, 1, folded_back.get(), l.split_row, [&](int64_t row, int64_t vector, Vec<T> acc) {
+      const Panel<T> back = backward_weights.qkv(head);
+      gemm<T>(N, l.qkv_row, l.split_row / lanes, grads, l.qkv_row, 1, back.data, back.row, [&](int64_t row, int64_t vector, Vec<T> acc) {
         const Vec<T> grad = acc + load(through + row * l.split_row + vector * lanes);
         if (args.grad.x.data) store(grad_x + (window * N + row) * l.x_row + head * l.split_row + vector * lanes, grad);
         if (head > 0) {
@@ -601,10 +607,6 @@ struct NormBackwardPass : NormPass<T> {
       std::memcpy(all_qkv + head * qkv_size, head_totals.get(), static_cast<size_t>(qkv_size) * sizeof(T));
       const int64_t before = weights.taps_before(head) * l.key_row, own_taps = w.kernel * w.kernel * l.key_row;
       std::memcpy(all_taps + before, head_totals + qkv_size + l.qkv_row + before, static_cast<size_t>(own_taps) * sizeof(T));
-      const Panel<T> back = backward_weights.qkv(head);
-      for (int64_t j = 0; j < l.qkv_row; ++j) {
-        for (int64_t c = 0; c < l.split_row; c += lanes) store(folded_back + j * l.split_row + c, load(back.data + j * back.row + c) * qkv_norm.factor[j]);
-      }
     }
     if (args.grad.x.data) {
       this->by_worker([&](int64_t, Range range) {

@@ -239,6 +239,7 @@ template <class T>
 struct HeadWeights {
   Panel<T> qkv;       // [split][q | k | v]
   const T* qkv_bias;  // [q | k | v]
+  const T* qkv_factor;  // [q | k | v], multiplied in before the bias is added; null: 1
   const T* dw;        // [k * k][key_row], the scale on q^T k multiplied in
   const T* dw_bias;   // [key_row], likewise
   const T* bias;      // [N][token_row]: the bias of every pair of tokens; one more vector may be read behind it
@@ -282,7 +283,7 @@ class Weights {
   HeadWeights<T> head(int64_t i) const {
     const Panel<T> qkv = qkv_in_place_ ? Panel<T>{static_cast<const T*>(a_.qkv_weight.data) + i * a_.qkv_weight.head_stride, a_.qkv_weight.column_stride}
                                        : Panel<T>{qkv_ + i * l_.split * l_.qkv_row, l_.qkv_row};
-    return {qkv, qkv_bias(i), dw_ + taps_before(i) * l_.key_row, dw_bias(i), bias_ + i * l_.tokens * l_.token_row, a_.kernel_sizes[i]};
+    return {qkv, qkv_bias(i), nullptr, dw_ + taps_before(i) * l_.key_row, dw_bias(i), bias_ + i * l_.tokens * l_.token_row, a_.kernel_sizes[i]};
   }
   // [cat_row][channels]
   Panel<T> proj() const {
@@ -389,11 +390,11 @@ inline void project(
     const Layout<T>& l, const HeadWeights<T>& head, const T* f, int64_t f_row, int64_t first, int64_t last, int64_t from, int64_t to, Projected<T> out) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t query_vectors = l.key_row / lanes;
-  const T* bias = head.qkv_bias + from * lanes;
+  const T *bias = head.qkv_bias + from * lanes, *factor = head.qkv_factor ? head.qkv_factor + from * lanes : nullptr;
   gemm<T>(last - first, l.split, to - from, f + first * f_row, f_row, 1, head.qkv.data + from * lanes, head.qkv.row, [&](int64_t row, int64_t vector, Vec<T> acc) {
     const int64_t column = from + vector;
     T* target = column < query_vectors ? out.grid + l.place(first + row) + column * lanes : out.kv + (first + row) * l.kv_row + (column - query_vectors) * lanes;
-    store(target, acc + load(bias + vector * lanes));
+    store(target, (factor ? acc * load(factor + vector * lanes) : acc) + load(bias + vector * lanes));
   });
 }
 

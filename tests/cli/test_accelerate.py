@@ -17,7 +17,7 @@ import vitkernels as package
 from vitkernels import timing
 from vitkernels.cli import _compare, _zoo, demo
 
-SMALL = ("--size", 64, "--repeats", 2, "--threads", 1)
+SMALL = ("--size", 64, "--repeats", 2, "--threads", 1, "--no-peers")
 MODEL = ("accelerate", "mobilevitv2_050", *SMALL)
 
 
@@ -184,21 +184,30 @@ def test_torch_compile_that_fails_is_a_note(report: Callable[..., Any], monkeypa
 
 
 def test_demo_writes_its_report(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {name for name, *_ in demo.runs()} == {"mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2"}
-    assert {batch for _, batch, *_ in demo.runs()} == {1, 8}
-    monkeypatch.setattr(demo, "_SIZE", 64)
-    monkeypatch.setattr(demo, "runs", lambda: [("mobilevitv2_050", 1, torch.float32, False), ("mobilevitv2_050", 2, torch.float32, True)])
-    result = vitkernels("demo", "--out", tmp_path / "demo", "--rounds", 1, "--threads", 1)
+    assert {name for name, *_ in demo.runs()} == {"mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4"}
+    assert {batch for name, batch, *_ in demo.runs() if name.startswith("efficientvit")} == {1, 16}
+    assert {name for name, *_, training in demo.runs() if training} == {"mobilevitv2_050", "efficientvit_m0"}
+    monkeypatch.setattr(demo, "_MODELS", {"mobilevitv2_050": (64, 2), "efficientvit_m0": (224, 2)})
+    short = [("mobilevitv2_100", 1, False), ("mobilevitv2_050", 1, False), ("mobilevitv2_050", 2, True), ("efficientvit_m0", 2, False)]
+    monkeypatch.setattr(demo, "runs", lambda: [(name, batch, torch.float32, training) for name, batch, training in short])
+    only = ("--model", "mobilevitv2_050", "--model", "efficientvit_m0")
+    result = vitkernels("demo", "--out", tmp_path / "demo", "--rounds", 1, "--threads", 1, "--no-peers", *only)
     assert result.exit_code == 0, result.output
-    assert "[2/2] mobilevitv2_050" in result.stderr
+    assert "[2/3] mobilevitv2_050" in result.stderr
     frame = pandas.read_csv(tmp_path / "demo" / "demo.csv")
-    assert list(frame["mode"]) == ["inference", "training step"]
+    assert list(frame["mode"]) == ["inference", "training step", "inference"]
     assert frame.accuracy_rule_holds.all()
     assert (frame.error_logits_original > 0).all()
-    assert frame.error_gradients_accelerated.notna().tolist() == [False, True]
+    assert frame.error_gradients_accelerated.notna().tolist() == [False, True, False]
     assert set(frame.torch) == {torch.__version__}
+    blocks = pandas.read_csv(tmp_path / "demo" / "blocks.csv")
+    assert set(blocks.model) == {"efficientvit_m0"}
+    assert set(blocks["mode"]) == {"forward", "forward+backward", "training"}
+    assert blocks.accuracy_rule_holds.all()
     text = (tmp_path / "demo" / "report.md").read_text()
     assert "astronaut.png" in text
+    assert "have random weights" in text
+    assert "stages.0.blocks.0.mixer.m, 64x14x14" in text
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -215,8 +224,8 @@ def test_dropout_is_off_in_a_training_comparison() -> None:
 
 
 def test_a_signal_reaches_the_logits_of_every_zoo() -> None:
-    for name in ("mobilevitv2_050", "hf:mobilevitv2", "vit_pytorch:MobileViT"):
-        model = _zoo.load(name, size=64)
+    for name, size in (("mobilevitv2_050", 64), ("hf:mobilevitv2", 64), ("vit_pytorch:MobileViT", 64), ("efficientvit_m0", None)):
+        model = _zoo.load(name, size=size)
         x, _ = _zoo.images(model, 2)
         with torch.no_grad():
             single = _zoo.logits(model.module(x))

@@ -71,3 +71,68 @@ def test_gradients_carry_the_names_of_the_public_function() -> None:
     x, w = sample().args
     bias = torch.zeros(20, requires_grad=True)
     assert accuracy.gradient_names(square_sum, Sample("s", (x, w.detach()), {"b": bias})) == ["grad x", "grad b"]
+
+
+def test_tensors_in_lists_are_judged_by_name() -> None:
+    def function(x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        y = sum(x @ a if b is None else x @ a + b for a, b in weights)
+        return y, y.detach().mean()
+
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(size, generator=generator, requires_grad=True) for size in ((8, 5), (5, 5), (5,)))
+    call = Sample("s", (x, [(a, None), (a.detach().clone().requires_grad_(), b)]))
+    comparisons = accuracy.Judge(function, call)(function)
+    assert [c.name for c in comparisons] == ["output 0", "output 1", "grad x", "grad weights[0][0]", "grad weights[1][0]", "grad weights[1][1]"]
+    assert len(call.tensors()) == 4
+    assert all(t.dtype is torch.float64 and t.requires_grad for t in accuracy.as_float64(call).tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_jitter_moves_every_element_by_one_rounding_step(dtype: torch.dtype) -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    (moved,) = accuracy.jittered(Sample("s", (x,)), seed=0).args
+    assert moved.dtype is dtype
+    assert moved.requires_grad
+    relative = ((moved.double() - x.double()) / x.double()).abs()
+    assert relative.min() > 0
+    assert relative.max() <= 2 * torch.finfo(dtype).eps
+    assert 0.4 < (moved > x).double().mean() < 0.6
+
+
+def test_one_unlucky_draw_is_forgiven_and_a_habit_is_not() -> None:
+    call = sample(grad=False)
+    judge = accuracy.Judge(square_sum, call)
+    (eager,) = judge(square_sum)
+    off = 3 * (2 * eager.eager_error + eager.floor)
+    (unlucky,) = judge(lambda x, w: square_sum(x, w) + (off if x is call.args[0] else 0.0))
+    assert unlucky.holds
+    (habit,) = judge(lambda x, w: square_sum(x, w) + off)
+    assert not habit.holds
+
+
+def test_a_value_that_is_not_finite_is_never_forgiven() -> None:
+    call = sample(grad=False)
+    judge = accuracy.Judge(square_sum, call)
+    (comparison,) = judge(lambda x, w: square_sum(x, w) / (0.0 if x is call.args[0] else 1.0))
+    assert not comparison.holds
+
+
+def test_jitter_keeps_the_layout() -> None:
+    x = torch.randn(4, 6, 5, 8, generator=torch.Generator().manual_seed(0))
+    for view in (x[..., ::2], x[:, 2:], x.transpose(1, 3), x.contiguous(memory_format=torch.channels_last), x[:1].expand(3, -1, -1, -1), x[:0]):
+        (moved,) = accuracy.jittered(Sample("s", (view,)), seed=0, step=1 / 16).args
+        assert moved.stride() == view.stride()
+        assert moved.shape == view.shape
+        torch.testing.assert_close(moved, view, rtol=1 / 15, atol=0)
+        assert moved.numel() == 0 or not torch.equal(moved, view)
+
+
+def test_what_is_wrong_in_one_layout_only_is_not_forgiven() -> None:
+    x, w = sample(grad=False).args
+    strided = Sample("s", (torch.stack([x, x], dim=-1)[..., 0], w))
+
+    def wrong_where_strided(x: Tensor, w: Tensor) -> Tensor:
+        return square_sum(x, w) * (1.0 if x.is_contiguous() else 1.001)
+
+    (comparison,) = accuracy.Judge(square_sum, strided)(wrong_where_strided)
+    assert not comparison.holds

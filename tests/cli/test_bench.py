@@ -22,7 +22,7 @@ from vitkernels.cli import bench as command
 
 SELF = registry.get("separable_self_attention")
 SMALL = next(case for case in SELF.bench_cases if case.name == "B1 d256 N16")
-QUICK = ("--quick", "--threads", 1, "--case", "B1 d192")
+QUICK = ("--quick", "--threads", 1, "--case", "B1 d192", "--case", "M0s3")
 
 
 def test_quick_run_writes_csv_plot_and_report(vitkernels: Callable[..., Result], tmp_path: Path) -> None:

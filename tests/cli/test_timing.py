@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from vitkernels import timing
 from vitkernels.timing import Measurement, ProcStatGuard, Quantiles, Timing, cold_copies, interleave, rotating
 
 
@@ -205,3 +206,38 @@ def test_rotation_goes_round_its_arguments() -> None:
         call()
     assert seen == [1, 2, 3, 1, 2]
     assert cold_copies(1, "cpu") == 1
+
+
+class Engine:
+    """A variant in another process, made up: each call takes two seconds of its own clock and of the CPU."""
+
+    def __init__(self) -> None:
+        self.cpu_seconds = 0.0
+        self.asked: list[int] = []
+
+    def seconds_per_call(self, calls: int) -> float:
+        self.asked.append(calls)
+        self.cpu_seconds += 2.0 * calls
+        return 2.0
+
+
+def test_a_variant_elsewhere_reads_its_own_clock() -> None:
+    engine = Engine()
+    measured = interleave({"here": lambda: None}, elsewhere={"there": engine}, rounds=4, min_time=0.0, guard=None)
+    assert measured["there"].seconds == (2.0,) * 4
+    assert engine.asked == [1] * 6
+    assert measured.speedup("here", over="there").p50 > 1
+
+
+def test_the_cpu_time_of_a_variant_elsewhere_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    clocks: list[float] = []
+
+    def guard(own_time: Callable[[], float]) -> None:
+        clocks.append(own_time())
+        engine.cpu_seconds += 100.0
+        clocks.append(own_time())
+
+    monkeypatch.setattr(timing, "default_guard", guard)
+    interleave({"here": lambda: None}, elsewhere={"there": engine}, rounds=1, min_time=0.0)
+    assert clocks[1] - clocks[0] == pytest.approx(100.0, abs=1.0)

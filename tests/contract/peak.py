@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import vitkernels
-from vitkernels import registry
+from vitkernels import accuracy, registry
 from vitkernels.registry import Sample
 
 
@@ -54,11 +54,11 @@ def main(name: str, backend: str, device: str) -> dict[str, object]:
         for tensor in inputs:
             tensor.requires_grad_()
         meter.reset()
-        out = spec.function(*sample.args, **sample.kwargs)
-        forward = {"peak": meter.peak(), "results": _size(out) + spec.saved_bytes(sample)}
-        grad = torch.ones_like(out)
+        outputs = accuracy.as_tuple(spec.function(*sample.args, **sample.kwargs))
+        forward = {"peak": meter.peak(), "results": _size(*outputs) + spec.saved_bytes(sample)}
+        grads = [torch.ones_like(output) for output in outputs]
         meter.reset()
-        gradients = torch.autograd.grad(out, inputs, grad)
+        gradients = accuracy.gradients(outputs, inputs, grads)
         backward = {"peak": meter.peak(), "results": _size(*gradients)}
         return {"forward": forward, "backward": backward, "activation": max(map(_size, inputs))}
 

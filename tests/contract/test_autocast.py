@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .oracle import RecordOps, Target, as_tuple, assert_bit_equal, cast, cotangents, mapped, named_results
+from .oracle import RecordOps, Target, as_tuple, assert_bit_equal, autocast_by_hand, cotangents, named_results, one_changed
 
 _DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
@@ -14,11 +14,13 @@ _DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=
 @_DTYPES
 def test_equals_casting_by_hand(target: Target, dtype: torch.dtype) -> None:
     for sample in target.every(5):
-        by_hand = as_tuple(target(*cast(sample, dtype).args, **sample.kwargs))
+        lowered = autocast_by_hand(target.spec, sample, dtype)
+        by_hand = as_tuple(target(*lowered.args, **lowered.kwargs))
         with torch.autocast(target.device, dtype=dtype):
             automatic = as_tuple(target(*sample.args, **sample.kwargs))
+        assert automatic[0].dtype is dtype
         for a, b in zip(by_hand, automatic, strict=True):
-            assert b.dtype is dtype
+            assert b.dtype is a.dtype
             torch.testing.assert_close(b, a, rtol=0, atol=0)
 
 
@@ -28,7 +30,7 @@ def test_gradients_come_back_in_the_dtype_of_the_parameters(target: Target, dtyp
     """Parameters stay float32 and so do their gradients, computed in the autocast dtype."""
     sample = target.samples(torch.float32, grad=True)[0]
     grads_out = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
-    lowered = cast(sample, dtype)
+    lowered = autocast_by_hand(target.spec, sample, dtype)
     by_hand = named_results(target, lowered, grads_out, signature=target.spec.reference)
     with torch.autocast(target.device, dtype=dtype):
         automatic = named_results(target, sample, grads_out, signature=target.spec.reference)
@@ -42,14 +44,16 @@ def test_gradients_come_back_in_the_dtype_of_the_parameters(target: Target, dtyp
 def test_the_raw_op_casts_too(target: Target, dtype: torch.dtype) -> None:
     """``torch.ops.vitkernels.<op>`` called directly has autocast registered: compiled graphs and other languages come in there."""
     sample = target.samples(torch.float32)[0]
+    lowered = autocast_by_hand(target.spec, sample, dtype)
     with RecordOps() as record:
         target(*sample.args, **sample.kwargs)
-    ((op, args),) = record.calls
-    lowered = op(*(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args))
+        target(*lowered.args, **lowered.kwargs)
+    (op, args), (_, lowered_args) = record.calls
+    by_hand = as_tuple(op(*lowered_args))
     with torch.autocast(target.device, dtype=dtype):
-        automatic = op(*args)
+        automatic = as_tuple(op(*args))
     assert automatic[0].dtype is dtype
-    for a, b in zip(lowered, automatic, strict=True):
+    for a, b in zip(by_hand, automatic, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)
 
 
@@ -59,18 +63,23 @@ def test_output_dtype(target: Target, dtype: torch.dtype) -> None:
     for given, expected in ((torch.float32, dtype), (dtype, dtype), (torch.float64, torch.float64)):
         if target.why_not(given) is None:
             sample = target.samples(given)[0]
+            lowered = autocast_by_hand(target.spec, sample, expected)
+            by_hand = as_tuple(target.spec.reference(*lowered.args, **lowered.kwargs))
             with torch.autocast(target.device, dtype=dtype):
-                assert all(out.dtype is expected for out in as_tuple(target(*sample.args, **sample.kwargs)))
+                automatic = as_tuple(target(*sample.args, **sample.kwargs))
+            assert automatic[0].dtype is expected
+            assert [out.dtype for out in automatic] == [out.dtype for out in by_hand]
 
 
 @pytest.mark.fused
 def test_mixed_arguments_meet_in_the_autocast_dtype(target: Target) -> None:
     """A bfloat16 activation with float32 parameters, as the layer before leaves it: refused outside autocast, fine inside."""
     sample = target.samples(torch.float32)[0]
-    mixed = mapped(sample, lambda t: t.bfloat16() if t is sample.args[0] else t)
+    mixed = one_changed(sample, sample.args[0], sample.args[0].bfloat16())
     with pytest.raises(TypeError, match="dtype"):
         target(*mixed.args, **mixed.kwargs)
     with torch.autocast(target.device, dtype=torch.bfloat16):
         got = as_tuple(target(*mixed.args, **mixed.kwargs))
-    for a, b in zip(as_tuple(target(*cast(sample, torch.bfloat16).args, **sample.kwargs)), got, strict=True):
+    lowered = autocast_by_hand(target.spec, sample, torch.bfloat16)
+    for a, b in zip(as_tuple(target(*lowered.args, **lowered.kwargs)), got, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)

@@ -9,7 +9,7 @@ import torch
 
 from vitkernels import registry
 
-from .oracle import Target, as_tuple, cast
+from .oracle import Target, as_tuple, cast, function_of_tensors
 
 
 def _square_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -46,9 +46,4 @@ def test_reference_has_second_derivatives(name: str, device: str) -> None:
     tiny = min((s for s in target.samples(torch.float64) if all(t.numel() for t in s.tensors())), key=lambda s: sum(t.numel() for t in s.tensors()))
     sample = cast(tiny, torch.float64)
     inputs = [t.requires_grad_() for t in sample.tensors()]
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        remaining = iter(tensors)
-        return target(*(None if t is None else next(remaining) for t in sample.args), **sample.kwargs)
-
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function_of_tensors(target, sample), inputs)

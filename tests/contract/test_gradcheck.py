@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from vitkernels.registry import Sample
 
-from .oracle import Case, Target, mapped
+from .oracle import Case, Target, function_of_tensors, mapped
 
 _SLOW = 400  # elements up to which every entry of the Jacobian is differenced
 
@@ -17,13 +15,7 @@ _SLOW = 400  # elements up to which every entry of the Jacobian is differenced
 def _check(target: Target, sample: Sample, *, fast_mode: bool) -> None:
     # gradcheck writes into its inputs: dense copies, since an expanded one shares its elements.
     dense = mapped(sample, lambda t: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
-    inputs = [t for t in dense.args if t is not None]
-
-    def function(*tensors: torch.Tensor) -> Any:
-        remaining = iter(tensors)
-        return target(*(None if t is None else next(remaining) for t in dense.args), **dense.kwargs)
-
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast_mode)
+    assert torch.autograd.gradcheck(function_of_tensors(target, dense), dense.tensors(), fast_mode=fast_mode)
 
 
 def _size(sample: Sample) -> int:

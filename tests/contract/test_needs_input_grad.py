@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .oracle import RecordOps, Target, as_tuple, cotangents, mapped
+from .oracle import RecordOps, Target, as_tuple, cotangents, differentiable, gradients, mapped
 
 pytestmark = pytest.mark.fused
 
@@ -15,12 +15,12 @@ def test_each_input_alone(target: Target, poison: None) -> None:
         inputs = [t for t in sample.tensors() if t.requires_grad]
         outputs = as_tuple(target(*sample.args, **sample.kwargs))
         grads_out = cotangents(outputs)
-        together = torch.autograd.grad(outputs, inputs, grads_out)
+        together = gradients(outputs, inputs, grads_out)
         for index, expected in enumerate(together):
             alone = mapped(sample, lambda t, wanted=inputs[index]: t.detach().requires_grad_(t is wanted))
             leaves = alone.tensors()
             outputs = as_tuple(target(*alone.args, **alone.kwargs))
-            torch.autograd.backward(outputs, grads_out)
+            torch.autograd.backward(*differentiable(outputs, grads_out))
             assert [t.grad is not None for t in leaves] == [t.requires_grad for t in leaves], f"{sample.name}: a frozen input got a gradient"
             torch.testing.assert_close(leaves[index].grad, expected, rtol=0, atol=0)
 

@@ -88,8 +88,79 @@ def _make_self_attention(drawn: dict[str, Any], device: str) -> Sample:
     return Sample(str(drawn), tuple(None if a is None else a.to(device).requires_grad_() for a in args), {"patch_size": drawn["patch_size"]})
 
 
+@st.composite
+def _cascaded(draw: st.DrawFn) -> dict[str, Any]:
+    window = draw(st.integers(1, 9))
+    kernels = tuple(draw(st.lists(st.sampled_from((1, 3, 5, 7, 9)), min_size=1, max_size=4)))
+    split = draw(st.integers(4, 24))  # of a tensor of one or two numbers a largest error says little
+    return {
+        "size": (draw(st.integers(0, 3)), len(kernels) * split, *(window + draw(st.integers(0, 12)) for _ in range(2))),
+        "window": window,
+        "kernels": kernels,
+        "key_dim": draw(st.integers(4, 20)),
+        "value_dim": split if len(kernels) > 1 else draw(st.integers(4, 40)),
+        "biases": draw(st.lists(st.booleans(), min_size=2 * len(kernels) + 1, max_size=2 * len(kernels) + 1)),
+        "convolution": draw(st.booleans()),
+        "layout": draw(st.sampled_from(_LAYOUTS)),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_cascaded(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    kernels, key_dim, channels, window = drawn["kernels"], drawn["key_dim"], drawn["size"][1], drawn["window"]
+    split, inner = channels // len(kernels), len(kernels) * drawn["value_dim"]
+    rows = 2 * key_dim + drawn["value_dim"]
+    tail = (1, 1) if drawn["convolution"] else ()
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(drawn["dtype"])
+
+    has_bias = iter(drawn["biases"])
+    args = (
+        _arranged(draw(*drawn["size"]), drawn["layout"]),
+        [draw(rows, split, *tail, scale=split**-0.5) for _ in kernels],
+        [draw(rows) if next(has_bias) else None for _ in kernels],
+        [draw(key_dim, 1, k, k, scale=1 / k) for k in kernels],
+        [draw(key_dim) if next(has_bias) else None for _ in kernels],
+        draw(len(kernels), window * window),
+        draw(channels, inner, *tail, scale=inner**-0.5),
+        draw(channels) if next(has_bias) else None,
+    )
+    return Sample(str(drawn), args, {"key_dim": key_dim, "window": window}).mapped(lambda t: t.to(device).requires_grad_())
+
+
+@st.composite
+def _cascaded_norm(draw: st.DrawFn) -> dict[str, Any]:
+    drawn = draw(_cascaded())
+    # Enough values a channel, and an eps, for statistics that are no accident of two or three numbers; no kernel of one pixel (see the op's samples).
+    kernels = tuple(max(k, 3) for k in drawn["kernels"])
+    return drawn | {"size": (draw(st.integers(3, 5)), *drawn["size"][1:]), "kernels": kernels, "eps": draw(st.sampled_from((0.1, 1.0)))}
+
+
+def _make_cascaded_norm(drawn: dict[str, Any], device: str) -> Sample:
+    sample = _make_cascaded(drawn, device)
+    x, qkv_weights, _, dw_weights, _, attention_bias, proj_weight, _ = sample.args
+    generator = torch.Generator().manual_seed(drawn["seed"])
+
+    def norm(weight: Tensor) -> tuple[Tensor, Tensor]:
+        pair = (torch.randn(weight.shape[0], generator=generator) for _ in range(2))
+        gamma, beta = (t.to(dtype=weight.dtype, device=device).requires_grad_() for t in pair)
+        return gamma, beta
+
+    norms = [norm(w) for w in qkv_weights], [norm(w) for w in dw_weights], norm(proj_weight)
+    args = (x, qkv_weights, norms[0], dw_weights, norms[1], attention_bias, proj_weight, norms[2])
+    return Sample(sample.name, args, sample.kwargs | {"eps": drawn["eps"]})
+
+
 # How to draw a call of each op; a new op writes its own here.
-_DRAWN = {"separable_attention": (_attention, _make_attention), "separable_self_attention": (_self_attention, _make_self_attention)}
+_DRAWN = {
+    "separable_attention": (_attention, _make_attention),
+    "separable_self_attention": (_self_attention, _make_self_attention),
+    "cascaded_group_attention": (_cascaded, _make_cascaded),
+    "cascaded_group_attention_batch_norm": (_cascaded_norm, _make_cascaded_norm),
+}
 
 
 def test_random_calls_obey_the_rule(target: Target) -> None:

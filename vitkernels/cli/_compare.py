@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vitkernels
 from vitkernels import accuracy, timing
 from vitkernels.bench import first_line
-from vitkernels.cli import _zoo
+from vitkernels.cli import _engines, _zoo
 from vitkernels.cli._common import CliError
 from vitkernels.integrations import Record
 
@@ -45,6 +45,7 @@ class Result:
     Attributes:
         replaced, skipped: what :func:`vitkernels.accelerate` did; ``fallbacks`` are replaced modules that ran their original code, and why.
         errors: of the logits, and in training of the gradient of all parameters.
+        peer_errors: of the logits of each engine that was timed, by its name.
         measured: ``None`` where nothing was timed.
     """
 
@@ -62,6 +63,7 @@ class Result:
     errors: tuple[Error, ...]
     measured: timing.Measurement | None
     notes: tuple[str, ...] = ()
+    peer_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -89,6 +91,7 @@ class Result:
         for error in self.errors:
             row[f"error_{error.of}_original"] = error.original
             row[f"error_{error.of}_accelerated"] = error.accelerated
+        row |= {f"error_logits_{name}": error for name, error in self.peer_errors.items()}
         row["accuracy_rule_holds"] = self.right
         if self.measured is not None:
             for name, found in self.measured.items():
@@ -130,7 +133,10 @@ def _gradients(module: nn.Module) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters() if p.requires_grad])
 
 
-def _errors(calls: dict[str, Callable[[], Tensor]], modules: dict[str, nn.Module], training: bool, context: Any) -> tuple[Error, ...]:
+def _errors(
+    calls: dict[str, Callable[[], Tensor]], modules: dict[str, nn.Module], training: bool, context: Any
+) -> tuple[tuple[Error, ...], dict[str, Tensor]]:
+    """The errors, and the logits they are of."""
     outputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     for name, call in calls.items():
@@ -149,7 +155,7 @@ def _errors(calls: dict[str, Callable[[], Tensor]], modules: dict[str, nn.Module
         floor = 2 * torch.finfo(gradients[ORIGINAL].dtype).eps
         holds = relative[ACCELERATED] <= 2 * relative[ORIGINAL] + floor
         errors.append(Error("gradients", relative[ORIGINAL], relative[ACCELERATED], holds))
-    return tuple(errors)
+    return tuple(errors), outputs
 
 
 def compare(
@@ -163,6 +169,7 @@ def compare(
     rounds: int = 20,
     budget: float = 60.0,
     compiled: bool = False,
+    peers: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> Result:
     """Run one model as it is and accelerated, side by side.
@@ -177,6 +184,7 @@ def compare(
         rounds: undisturbed timing rounds wanted.
         budget: seconds after which timing stops, once three rounds are there.
         compiled: time ``torch.compile`` of the original too.
+        peers: time ONNX Runtime and OpenVINO on the original's ONNX export too, where it is inference in float32 on the CPU.
         progress: called after every timing round.
 
     Nothing is timed where there was nothing to replace: it would be the same model twice.
@@ -202,7 +210,7 @@ def compare(
             calls[ORIGINAL]()
     except (RuntimeError, ValueError) as error:
         raise CliError(f"{zoo_model.name} itself does not run batch {batch} at {zoo_model.size} px in {dtype}: {first_line(error)}") from error
-    errors = _errors(calls, modules, training, context)
+    errors, outputs = _errors(calls, modules, training, context)
     del calls["float64"], modules["float64"], exact
 
     notes = []
@@ -217,9 +225,21 @@ def compare(
         except Exception as error:  # no C++ compiler, a graph it cannot take: said in the report, the run goes on
             notes.append(f"torch.compile: {first_line(error)}")
     measured = None
+    peer_errors = {}
     if handle.replaced:
         contexts = dict.fromkeys(calls, context)
-        measured = timing.interleave(calls, rounds=rounds, budget=budget, device=device, contexts=contexts, progress=progress)
+        comparable = peers and not training and dtype is torch.float32 and device.type == "cpu"
+        with contextlib.ExitStack() as stack:
+            engines, reasons = stack.enter_context(_engines.engines(original, x)) if comparable else ({}, [])
+            notes += reasons
+            right = {}
+            for name, engine in engines.items():
+                verdict = accuracy.compare_tensors("logits", engine.output, outputs[ORIGINAL], outputs["float64"])
+                if verdict.holds:
+                    right[name], peer_errors[name] = engine, verdict.relative_error
+                else:
+                    notes.append(f"{name}: not timed, its logits are off by {verdict.relative_error:.1e}, the original's by {errors[0].original:.1e}")
+            measured = timing.interleave(calls, elsewhere=right, rounds=rounds, budget=budget, device=device, contexts=contexts, progress=progress)
     return Result(
         name=zoo_model.name,
         source=zoo_model.source,
@@ -235,4 +255,5 @@ def compare(
         errors=errors,
         measured=measured,
         notes=tuple(notes),
+        peer_errors=peer_errors,
     )

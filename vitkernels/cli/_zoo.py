@@ -224,7 +224,10 @@ def load(name: str, source: str = "auto", size: int | None = None, seed: int = 0
 
 
 def _settle(model: ZooModel) -> None:
-    """Give every BatchNorm the statistics of the photos, as training would have.
+    """Give every BatchNorm the statistics of the photos, as training would have, and a weight other than zero.
+
+    A zoo may start the last norm of a residual branch at weight zero (EfficientViT's after the attention's projection, for one): nothing that the
+    branch computes would reach the logits. Those weights are drawn from [0.5, 1.5).
 
     With the statistics a zoo starts from (mean 0, variance 1) random weights shrink the signal layer by layer: transformers' MobileViTV2 ends in
     logits below the smallest float32, and there is nothing left to compare.
@@ -232,6 +235,9 @@ def _settle(model: ZooModel) -> None:
     norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
+    for norm in norms:
+        if norm.weight is not None and not norm.weight.any():
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the running statistics become those of what comes

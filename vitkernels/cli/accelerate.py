@@ -19,6 +19,7 @@ from vitkernels.cli._common import (
     dtype_option,
     json_option,
     out,
+    peers_option,
     print_json,
     set_threads,
     steps,
@@ -41,6 +42,7 @@ from vitkernels.integrations import Record
 @click.option("--size", type=click.IntRange(min=8), default=None, help="Side of the images; default the model's own.")
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Timing rounds; each runs both models.")
 @click.option("--compile", "compiled", is_flag=True, help="Time torch.compile of the original too.")
+@peers_option
 @click.option("--save-plot", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Write the timings to this PNG.")
 @json_option
 def command(
@@ -55,6 +57,7 @@ def command(
     size: int | None,
     repeats: int,
     compiled: bool,
+    peers: bool,
     save_plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -81,6 +84,7 @@ def command(
             image=image,
             rounds=repeats,
             compiled=compiled,
+            peers=peers,
             progress=progress.advance,
         )
     if save_plot is not None and result.measured is not None:

@@ -84,13 +84,13 @@ def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds
         for mode in ("forward", "forward+backward"):
             copies = timing.cold_copies(case.elements_moved * _TIMED_DTYPE.itemsize, device)
             samples = [case.make(_TIMED_DTYPE, str(device)) for _ in range(copies)]
-            grad_output = None
+            grad_outputs = None
             if mode != "forward":
                 samples = [accuracy.with_grad(sample) for sample in samples]
                 with torch.no_grad():
-                    grad_output = accuracy.output_gradient(spec.reference(*samples[0].args, **samples[0].kwargs))
-            calls = {name: bench.step(function, samples, grad_output) for name, function in (("ours", spec.function), ("eager", spec.reference))}
-            with torch.set_grad_enabled(grad_output is not None):
+                    grad_outputs = accuracy.output_gradients(spec.reference(*samples[0].args, **samples[0].kwargs))
+            calls = {name: bench.step(function, samples, grad_outputs) for name, function in (("ours", spec.function), ("eager", spec.reference))}
+            with torch.set_grad_enabled(grad_outputs is not None):
                 measured = timing.interleave(calls, rounds=rounds, budget=5.0, device=device, contexts={"ours": partial(backends.backend, backend)})
             speedup = measured.speedup("ours", over="eager")
             result.speedups[f"{case.name}, {mode}"] = (speedup.p20, speedup.p50, speedup.p80)

@@ -139,8 +139,8 @@ def cascaded_group_attention_batch_norm(
 
     Returns:
         ``(y, mean, var)``: y has the shape, dtype and memory format of ``x``; mean and (biased) var are the batch statistics of all normalised
-        channels in float32 (float64 for float64), not differentiable: [heads * (2 * key_dim + d) + heads * key_dim + C], the qkv norms of every head, then the
-        depthwise ones, then the projection's. Saved for backward: the arguments, their packed copies, the statistics, per head the
+        channels in float32 (float64 for float64), not differentiable: [heads * (2 * key_dim + d) + heads * key_dim + C], the qkv norms of every
+        head, then the depthwise ones, then the projection's. Saved for backward: the arguments, their packed copies, the statistics, per head the
         C/heads x C/heads covariance of its input, and the projection before its norm, [B * nW * w * w, C].
 
     Raises:

@@ -709,37 +709,31 @@ def cascaded_group_attention_bwd_dw_weight_kernel(
 
 @triton.jit
 def cascaded_group_attention_bwd_table_kernel(
-    part_scores,  # [programs, heads, N, N] fp32: gradient of the scores
+    grad_scores,  # [heads, N, N] fp32: gradient of the scores, summed over windows
     grad_table,  # [heads, N], written
-    programs,
-    HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One entry of the bias table: the sum over all pairs of tokens ``(dy, dx)`` apart, in either direction along either axis."""
+    """Entries of one head's bias table: each the sum over all pairs of tokens ``(dy, dx)`` apart, in either direction along either axis."""
     N: tl.constexpr = WINDOW * WINDOW
-    i_e = tl.program_id(0) % N
-    i_h = tl.program_id(0) // N
-    dy = i_e // WINDOW
-    dx = i_e % WINDOW
-    b_sum = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-    for p in range(0, programs, BLOCK_P):
-        o_p = p + tl.arange(0, BLOCK_P)
-        part_row = part_scores + (o_p.to(tl.int64) * HEADS + i_h) * (N * N)  # [BLOCK_P]
-        for n in range(0, N, BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
-            for sign in tl.static_range(4):
-                # A distance of 0 has one direction, not two.
-                o_y = o_n // WINDOW + (dy if sign < 2 else -dy)
-                o_x = o_n % WINDOW + (dx if sign % 2 == 0 else -dx)
-                m_n = (o_n < N) & (o_y >= 0) & (o_y < WINDOW) & (o_x >= 0) & (o_x < WINDOW)
-                m_n = m_n & ((sign < 2) | (dy > 0)) & ((sign % 2 == 0) | (dx > 0))
-                o_pair = (o_y * WINDOW + o_x) * N + o_n
-                b_sum += tl.load(part_row[:, None] + o_pair[None, :], mask=(o_p < programs)[:, None] & m_n[None, :], other=0.0)
-    total = tl.sum(tl.sum(b_sum, axis=1), axis=0)
-    tl.store(grad_table + tl.program_id(0), _cast(total, grad_table.dtype.element_ty, INTERPRET))
+    i_e = tl.program_id(0) % tl.cdiv(N, BLOCK_E)
+    i_h = (tl.program_id(0) // tl.cdiv(N, BLOCK_E)).to(tl.int64)
+    o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    dy = (o_e // WINDOW)[:, None]
+    dx = (o_e % WINDOW)[:, None]
+    b_sum = tl.zeros([BLOCK_E, BLOCK_N], dtype=tl.float32)
+    for n in range(0, N, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        for sign in tl.static_range(4):
+            # A distance of 0 has one direction, not two.
+            o_y = (o_n // WINDOW)[None, :] + (dy if sign < 2 else -dy)  # [BLOCK_E, BLOCK_N]
+            o_x = (o_n % WINDOW)[None, :] + (dx if sign % 2 == 0 else -dx)
+            m_pair = (o_e < N)[:, None] & (o_n < N)[None, :] & (o_y >= 0) & (o_y < WINDOW) & (o_x >= 0) & (o_x < WINDOW)
+            m_pair = m_pair & ((sign < 2) | (dy > 0)) & ((sign % 2 == 0) | (dx > 0))
+            b_sum += tl.load(grad_scores + i_h * (N * N) + (o_y * WINDOW + o_x) * N + o_n[None, :], mask=m_pair, other=0.0)
+    tl.store(grad_table + i_h * N + o_e, _cast(tl.sum(b_sum, axis=1), grad_table.dtype.element_ty, INTERPRET), mask=o_e < N)
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------------------------
@@ -1037,13 +1031,14 @@ def cascaded_group_attention_backward(
             return grads
 
         _, grad_qkv_weight, grad_qkv_bias, grad_dw_weight, grad_dw_bias, grad_table, grad_proj_weight, grad_proj_bias = grads
+        grad_scores = part_scores[0] if programs == 1 else shared._reduce(part_scores, torch.empty_like(part_scores[0]))
+        block_e = _power(c.tokens, 1, 16)
         shared.launch(
             cascaded_group_attention_bwd_table_kernel,
-            heads * c.tokens,
-            *(part_scores, grad_table, programs),
-            HEADS=heads,
+            heads * triton.cdiv(c.tokens, block_e),
+            *(grad_scores, grad_table),
             WINDOW=window,
-            BLOCK_P=_power(programs, 1, 8),
+            BLOCK_E=block_e,
             BLOCK_N=_power(c.tokens, 16, 64),
             INTERPRET=shared._INTERPRET,
             num_warps=4,
@@ -1074,7 +1069,7 @@ def cascaded_group_attention_backward(
 
 def _depthwise_gradients(c: _Call, grad_conv_q: Tensor, qkv: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(weight, bias) gradients in parts, [splits, length] and [splits, heads * key_dim]."""
-    block_t = _power(c.rows, 16, 64)
+    block_t = _power(c.rows, 16, 128)
     taps = max(c.kernels) ** 2
     tiles = triton.cdiv(c.rows, block_t)
     splits, split_tiles = shared._splits(taps * c.heads, tiles, 4 * c.wanted, least=4)
