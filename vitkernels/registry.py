@@ -97,6 +97,7 @@ class OpSpec:
         bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/``.
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
+        working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
         kept_by_autocast: parameters of ``function`` that autocast leaves in their own dtype, as ``F.batch_norm`` leaves its weight and bias.
 
     Which outputs are differentiable is nowhere listed: those of ``reference`` that require a gradient.
@@ -111,6 +112,7 @@ class OpSpec:
     bad_inputs: Callable[[], Iterator[BadInput]]
     bench_cases: tuple[BenchCase, ...]
     saved_bytes: Callable[[Sample], int]
+    working_activations: tuple[int, int] = (1, 1)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
 

@@ -96,14 +96,18 @@ inline void weighted_values(const Layout<T>& l, const HeadState<T>& s, const Epi
   gemm<T>(l.tokens, l.tokens, l.value_row / kLanes<T>, s.scores, 1, l.token_row, s.kv + l.key_row, l.kv_row, epilogue);
 }
 
-// sums[c] += the column sums of [N] rows.
+// sums[c] += the column sums of [N] rows, in parts of 16: a long sum in one accumulator would round more than what it is compared with.
 template <class T>
 inline void add_columns(int64_t tokens, const T* rows, int64_t row, int64_t columns, T* sums) {
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t c = 0; c < columns; c += lanes) {
-    Vec<T> sum = {};
-    for (int64_t n = 0; n < tokens; ++n) sum += load(rows + n * row + c);
-    store(sums + c, load(sums + c) + sum);
+    Vec<T> total = {};
+    for (int64_t first = 0; first < tokens; first += 16) {
+      Vec<T> sum = {};
+      for (int64_t n = first; n < min_of<int64_t>(first + 16, tokens); ++n) sum += load(rows + n * row + c);
+      total += sum;
+    }
+    store(sums + c, load(sums + c) + total);
   }
 }
 

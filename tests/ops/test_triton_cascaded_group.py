@@ -84,7 +84,7 @@ CALLS = (
     Call((1, 72, 2, 2), (3,), 2, value_dim=70),
     Call((1, 80, 2, 3), (1,), 2, value_dim=70, dtype=torch.bfloat16, bias=False),
     # 36 windows: more than the interpreter's programs, so that each walks several and sums their scores' gradients.
-    Call((1, 2, 11, 12), (3,), 2, key_dim=2),
+    Call((1, 4, 11, 12), (3,), 2, key_dim=4),
     # More rows than one part of the weights' sums takes.
     Call((8, 2, 8, 8), (1,), 8, key_dim=1, dtype=torch.float16),
 )

@@ -211,7 +211,7 @@ def cascaded_group_attention_fwd_kernel(
     m_k = o_k < KEY_DIM
 
     for i_h in tl.range(HEADS, disable_licm=True):
-        for t in range(0, tokens, BLOCK_T):
+        for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
             o_n = t + tl.arange(0, BLOCK_T)
             i_b, o_y, o_x, m_pixel = _place(i_t, o_n, height, width, columns, windows, WINDOW)
             x_pixel = x + i_b * stride_xb + _wide(o_y, WIDE) * stride_xh + _wide(o_x, WIDE) * stride_xw  # [BLOCK_T]
@@ -238,7 +238,7 @@ def cascaded_group_attention_fwd_kernel(
 
         qkv_head = qkv + (i_h % SLOTS) * R
         side, start = _filter_of(i_h, KERNELS, HEADS, KEY_DIM)
-        for t in range(0, tokens, BLOCK_T):
+        for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
             o_m = t + tl.arange(0, BLOCK_T)
             m_m = o_m < N
             b_q = _depthwise(qkv_head, SLOTS * R, o_m, o_k, dw_weight + start, side, 1, WINDOW, KEY_DIM)  # [BLOCK_T, BLOCK_K]
@@ -246,13 +246,14 @@ def cascaded_group_attention_fwd_kernel(
                 b_q += tl.load(dw_bias + i_h * KEY_DIM + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
             b_q = _cast(b_q, dtype, INTERPRET)
             if conv_q is not None:
-                tl.store(conv_q + ((row + o_m) * HEADS + i_h)[:, None] * KEY_DIM + o_k[None, :], b_q, mask=m_m[:, None] & m_k[None, :])
+                q_out = conv_q + (row * HEADS + i_h) * KEY_DIM
+                tl.store(q_out + o_m[:, None] * (HEADS * KEY_DIM) + o_k[None, :], b_q, mask=m_m[:, None] & m_k[None, :])
             for d in range(0, VALUE_DIM, BLOCK_D):
                 o_d = d + tl.arange(0, BLOCK_D)
                 b_max = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
                 b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
                 b_out = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-                for n in range(0, tokens, BLOCK_T):
+                for n in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                     o_n = n + tl.arange(0, BLOCK_T)
                     b_k = _load_rows(qkv_head + KEY_DIM, o_n, o_k, SLOTS * R, N, KEY_DIM)  # [BLOCK_T, BLOCK_K]
                     b_s = _scores(b_q, b_k, attention_bias + i_h * N, o_m, o_n, scale, WINDOW, PRECISION, INTERPRET)  # [BLOCK_T, BLOCK_T]
@@ -267,9 +268,9 @@ def cascaded_group_attention_fwd_kernel(
                 o_out = o_m[:, None] * (HEADS * VALUE_DIM) + i_h * VALUE_DIM + o_d[None, :]
                 tl.store(cat + o_out, b_out, mask=m_m[:, None] & (o_d < VALUE_DIM)[None, :])
                 if stats is not None:
-                    o_stats = ((row + o_m) * HEADS + i_h) * 2
-                    tl.store(stats + o_stats, b_max, mask=m_m & (d == 0))
-                    tl.store(stats + o_stats + 1, b_sum, mask=m_m & (d == 0))
+                    stats_out = stats + (row * HEADS + i_h) * 2 + o_m * (HEADS * 2)
+                    tl.store(stats_out, b_max, mask=m_m & (d == 0))
+                    tl.store(stats_out + 1, b_sum, mask=m_m & (d == 0))
         tl.debug_barrier()
 
 
@@ -453,14 +454,16 @@ def cascaded_group_attention_bwd_kernel(
             grad_q_head = grad_conv_q + (row * HEADS + i_h) * KEY_DIM
             stats_head = stats + (row * HEADS + i_h) * 2
             table = attention_bias + i_h * N
+            if part_scores is not None:
+                part_head = part_scores + (i.to(tl.int64) * HEADS + i_h) * (N * N)
 
             if N > BLOCK_T:
-                for t in range(0, tokens, BLOCK_T):
+                for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                     o_m = t + tl.arange(0, BLOCK_T)
                     b_q = _load_rows(q_head, o_m, o_k, HEADS * KEY_DIM, N, KEY_DIM)
                     b_delta = tl.zeros([BLOCK_T], dtype=tl.float32)
                     b_mass = tl.zeros([BLOCK_T], dtype=tl.float32)
-                    for n in range(0, tokens, BLOCK_T):
+                    for n in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                         o_n = n + tl.arange(0, BLOCK_T)
                         b_k = _load_rows(qkv_head + KEY_DIM, o_n, o_k, HEADS * R, N, KEY_DIM)
                         b_p = _softmax(b_q, b_k, table, stats_head, HEADS * 2, o_m, o_n, scale, WINDOW, PRECISION, INTERPRET)
@@ -470,13 +473,13 @@ def cascaded_group_attention_bwd_kernel(
                     tl.store(delta + o_m, b_delta / b_mass, mask=o_m < N)
                 tl.debug_barrier()
 
-            for n in range(0, tokens, BLOCK_T):
+            for n in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                 o_n = n + tl.arange(0, BLOCK_T)
                 b_k = _load_rows(qkv_head + KEY_DIM, o_n, o_k, HEADS * R, N, KEY_DIM)  # [BLOCK_T, BLOCK_K]
                 for d in range(0, VALUE_DIM, BLOCK_D):
                     o_d = d + tl.arange(0, BLOCK_D)
                     b_dv = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-                    for t in range(0, tokens, BLOCK_T):
+                    for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                         o_m = t + tl.arange(0, BLOCK_T)
                         b_q = _load_rows(q_head, o_m, o_k, HEADS * KEY_DIM, N, KEY_DIM)
                         b_p = _softmax(b_q, b_k, table, stats_head, HEADS * 2, o_m, o_n, scale, WINDOW, PRECISION, INTERPRET)
@@ -486,7 +489,7 @@ def cascaded_group_attention_bwd_kernel(
                     tl.store(grad_head + o_out, _cast(b_dv, dtype, INTERPRET), mask=(o_n < N)[:, None] & (o_d < VALUE_DIM)[None, :])
 
                 b_dk = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
-                for t in range(0, tokens, BLOCK_T):
+                for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                     o_m = t + tl.arange(0, BLOCK_T)
                     b_q = _load_rows(q_head, o_m, o_k, HEADS * KEY_DIM, N, KEY_DIM)
                     b_p = _softmax(b_q, b_k, table, stats_head, HEADS * 2, o_m, o_n, scale, WINDOW, PRECISION, INTERPRET)
@@ -495,10 +498,10 @@ def cascaded_group_attention_bwd_kernel(
                     b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0) if N > BLOCK_T else b_own
                     b_ds = b_p * (b_dp - b_delta[:, None])  # [BLOCK_T, BLOCK_T]
                     if part_scores is not None:
-                        o_part = ((i.to(tl.int64) * HEADS + i_h) * N + o_m)[:, None] * N + o_n[None, :]
+                        o_part = o_m[:, None] * N + o_n[None, :]
                         m_part = (o_m < N)[:, None] & (o_n < N)[None, :]
-                        b_part = tl.load(part_scores + o_part, mask=m_part & (turn > 0), other=0.0)
-                        tl.store(part_scores + o_part, b_part + b_ds, mask=m_part)
+                        b_part = tl.load(part_head + o_part, mask=m_part & (turn > 0), other=0.0)
+                        tl.store(part_head + o_part, b_part + b_ds, mask=m_part)
                     b_ds = _cast(b_ds, dtype, INTERPRET)
                     b_dk = _dot(tl.trans(b_ds), b_q, b_dk, PRECISION, INTERPRET)
                     o_q = o_m[:, None] * (HEADS * KEY_DIM) + o_k[None, :]
@@ -511,13 +514,13 @@ def cascaded_group_attention_bwd_kernel(
                 tl.debug_barrier()
 
             side, start = _filter_of(i_h, KERNELS, HEADS, KEY_DIM)
-            for t in range(0, tokens, BLOCK_T):
+            for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                 o_m = t + tl.arange(0, BLOCK_T)
                 b_dq = _depthwise(grad_q_head, HEADS * KEY_DIM, o_m, o_k, dw_weight + start, side, -1, WINDOW, KEY_DIM)
                 tl.store(grad_head + o_m[:, None] * (HEADS * R) + o_k[None, :], _cast(b_dq, dtype, INTERPRET), mask=(o_m < N)[:, None] & m_k[None, :])
             tl.debug_barrier()
 
-            for t in range(0, tokens, BLOCK_T):
+            for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                 o_n = t + tl.arange(0, BLOCK_T)
                 i_b, o_y, o_x, m_pixel = _place(i_t, o_n, height, width, columns, windows, WINDOW)
                 for s in range(0, SPLIT, BLOCK_S):
