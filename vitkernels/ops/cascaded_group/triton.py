@@ -4,7 +4,8 @@ One program per window walks the heads in cascade; the partition into windows, t
 addresses. Triton can neither index a tile in registers nor address shared memory, so what one step of the walk hands to the next at another
 position (q to its depthwise convolution, a head's output to the next head) goes through scratch in global memory, which the program itself wrote
 and so finds in its cache; ``tl.debug_barrier`` stands between the writing and the reading. Each step works on tiles of at most 64 tokens, so
-registers are bounded whatever the window.
+registers are bounded whatever the window; nothing is hoisted out of the walk's loops (disable_licm), where it would hold registers through every
+step.
 
 Forward: cascade (all heads of a window, up to the concatenated outputs), then projection, pixel by pixel in the order of the map. Backward: cascade
 again, this time keeping q, k, v and the softmax's statistics; the projection transposed; then one kernel that walks each window's heads backwards,
@@ -747,13 +748,13 @@ def _edge(dtype: torch.dtype) -> int:
     return 32 if dtype is torch.float32 else 64
 
 
-def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: torch.dtype) -> Tile:
-    """The kernels that walk a window's heads, forward and backward.
+def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: torch.dtype, *, backward: bool) -> Tile:
+    """The kernels that walk a window's heads.
 
-    Many steps in one program leave no registers for fetching the next tile ahead (num_stages 1). A tile of 64 tokens is shared by 256 threads:
-    8 warps, or 4 of AMD's wavefronts.
+    Many steps in one program leave no registers for fetching the next tile ahead (num_stages 1), and the backward, which holds scores, probabilities
+    and both their gradients, none for tiles of 64. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts.
     """
-    edge = _edge(dtype)
+    edge = 32 if backward else _edge(dtype)
     depth = 16 if dtype is torch.float32 else edge
     block_t = _power(window * window, 16, edge)
     blocks = {
@@ -763,7 +764,8 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
         "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
         "BLOCK_D": _power(value_dim, 16, edge),
     }
-    return Tile(blocks, 8 if block_t == 64 and torch.version.hip is None else 4, registers=255, num_stages=1)
+    wide = block_t > 16 and not backward and torch.version.hip is None
+    return Tile(blocks, 8 if wide else 4, registers=255, num_stages=1)
 
 
 def gemm_tile(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tile:
@@ -837,7 +839,7 @@ class _Call(NamedTuple):
         """Height and width of the map, windows beside each other, windows in an image."""
         return self.shape[2], self.shape[3], self.columns, self.rows_of_windows * self.columns
 
-    def cascade(self, map_: Tensor) -> dict[str, Any]:
+    def cascade(self, map_: Tensor, *, backward: bool) -> dict[str, Any]:
         """Constants of the kernels that walk a window's heads."""
         return {
             "HEADS": self.heads,
@@ -846,7 +848,7 @@ class _Call(NamedTuple):
             "VALUE_DIM": self.value_dim,
             "SPLIT": self.split,
             **self.constants(map_),
-            **cascade_tile(self.split, self.key_dim, self.value_dim, self.window, map_.dtype).options,
+            **cascade_tile(self.split, self.key_dim, self.value_dim, self.window, map_.dtype, backward=backward).options,
         }
 
     def constants(self, map_: Tensor) -> dict[str, Any]:
@@ -896,7 +898,7 @@ def _cascade(
         c.windows,
         *(x, qkv_weight, _contiguous(qkv_bias), dw_weight.contiguous(), _contiguous(dw_bias), attention_bias.contiguous(), *kept),
         *(*x.stride(), *qkv_weight.stride(), *c.geometry, c.tokens, c.scale),
-        **c.cascade(x),
+        **c.cascade(x, backward=False),
     )
     return kept
 
@@ -1028,7 +1030,7 @@ def cascaded_group_attention_backward(
                 programs,
                 c.scale,
             ),
-            **c.cascade(grad_x if need_x else x),
+            **c.cascade(grad_x if need_x else x, backward=True),
         )
         if part_scores is None:
             return grads
