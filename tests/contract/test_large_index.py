@@ -48,7 +48,7 @@ def test_far_strides(target: Target, ocean: Tensor) -> None:
     with torch.no_grad():
         grads_out = cotangents(as_tuple(target(*sample.args, **sample.kwargs)))
     expected = named_results(target, sample, grads_out, signature=target.spec.reference)
-    for tensor, dim in _spreadable(sample):
+    for tensor, dim in _spreadable(sample)[:: 8 if target.interpreted else 1]:
         far = one_changed(sample, tensor, _spread(tensor, ocean, dim))
         assert_bit_equal(expected, named_results(target, far, grads_out, signature=target.spec.reference))
 

@@ -752,17 +752,18 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
     """The kernels that walk a window's heads.
 
     Many steps in one program leave no registers for fetching the next tile ahead (num_stages 1), and the backward, which holds scores, probabilities
-    and both their gradients, none for tiles of 64. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts.
+    and both their gradients, takes half the tokens. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts.
     """
-    edge = 32 if backward else _edge(dtype)
-    depth = 16 if dtype is torch.float32 else edge
-    block_t = _power(window * window, 16, edge)
+    edge = _edge(dtype)
+    block_t = _power(window * window, 16, edge // 2 if backward else edge)
+    block_d = 32 if backward else edge
+    depth = 16 if dtype is torch.float32 else block_d
     blocks = {
         "BLOCK_T": block_t,
         "BLOCK_R": _power(2 * key_dim + value_dim, 16, depth),
         "BLOCK_S": _power(split, 16, depth),
         "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
-        "BLOCK_D": _power(value_dim, 16, edge),
+        "BLOCK_D": _power(value_dim, 16, block_d),
     }
     wide = block_t > 16 and not backward and torch.version.hip is None
     return Tile(blocks, 8 if wide else 4, registers=255, num_stages=1)
@@ -875,6 +876,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _near(weight: Tensor) -> Tensor:
+    """The weight, copied where it reaches further than the 32-bit offsets that the kernels use in a weight."""
+    reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return weight if reach < 2**31 else weight.contiguous()
+
+
 def _cascade(
     c: _Call,
     x: Tensor,
@@ -921,6 +928,7 @@ def cascaded_group_attention(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
+    qkv_weight, proj_weight = _near(qkv_weight), _near(proj_weight)
     c = _Call.of(qkv_weight, kernel_sizes, key_dim, scale, window, x, y)
     batch, channels, height, width = c.shape
     with shared._on(x):
@@ -994,6 +1002,7 @@ def cascaded_group_attention_backward(
             grad.zero_()
     if x.numel() == 0 or not (need_x or need_weights):
         return grads
+    qkv_weight, proj_weight = _near(qkv_weight), _near(proj_weight)
     c = _Call.of(qkv_weight, kernel_sizes, key_dim, scale, window, x, grad_y, *((grad_x,) if need_x else ()))
     channels, embed = c.shape[1], heads * c.value_dim
 
