@@ -307,7 +307,7 @@ class Weights {
     if (!qkv_in_place_) {
       const Matrix& m = a_.qkv_weight;
       T* target = qkv_ + i * l_.split * l_.qkv_row;
-      std::memset(target, 0, static_cast<size_t>(l_.split * l_.qkv_row) * sizeof(T));
+      if (l_.key_dim != l_.key_row || l_.value_dim != l_.value_row) std::memset(target, 0, static_cast<size_t>(l_.split * l_.qkv_row) * sizeof(T));
       const auto part = [&](int64_t from, int64_t count, int64_t to) {
         l_.io.pack(l_.io.at(m.data, i * m.head_stride + from * m.row_stride), m.column_stride, m.row_stride, l_.split, count, target + to, l_.qkv_row);
       };
@@ -334,7 +334,9 @@ class Weights {
   void pack_proj(int64_t head) const {
     const Matrix& m = a_.proj_weight;
     T* target = proj_ + head * l_.value_row * l_.channel_row;
-    std::memset(target, 0, static_cast<size_t>(l_.value_row * l_.channel_row) * sizeof(T));
+    if (l_.value_dim != l_.value_row || l_.channels != l_.channel_row) {
+      std::memset(target, 0, static_cast<size_t>(l_.value_row * l_.channel_row) * sizeof(T));
+    }
     l_.io.pack(l_.io.at(m.data, head * l_.value_dim * m.column_stride), m.column_stride, m.row_stride, l_.value_dim, l_.channels, target, l_.channel_row);
   }
 
