@@ -752,21 +752,26 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
     """The kernels that walk a window's heads.
 
     Many steps in one program leave no registers for fetching the next tile ahead (num_stages 1), and the backward, which holds scores, probabilities
-    and both their gradients, takes half the tokens. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts.
+    and both their gradients, takes half the tokens. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts. Exact fp32 has its
+    operands in registers: where the loops over channels have one step and unroll, the backward's tile is smaller, and a window of one small tile
+    has fewer warps, between which fewer operands are repeated.
     """
-    edge = _edge(dtype)
-    block_t = _power(window * window, 16, edge // 2 if backward else edge)
-    block_d = 32 if backward else edge
-    depth = 16 if dtype is torch.float32 else block_d
+    exact = dtype is torch.float32
+    edge = 32 if backward else _edge(dtype)
+    depth = 16 if exact else edge
+    block_t = _power(window * window, 16, 16 if backward and exact and value_dim <= 32 else edge)
     blocks = {
         "BLOCK_T": block_t,
         "BLOCK_R": _power(2 * key_dim + value_dim, 16, depth),
         "BLOCK_S": _power(split, 16, depth),
         "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
-        "BLOCK_D": _power(value_dim, 16, block_d),
+        "BLOCK_D": _power(value_dim, 16, edge),
     }
-    wide = block_t > 16 and not backward and torch.version.hip is None
-    return Tile(blocks, 8 if wide else 4, registers=255, num_stages=1)
+    if backward:
+        num_warps = 2 if exact and window * window <= 16 else 4
+    else:
+        num_warps = 8 if block_t > 16 and torch.version.hip is None else 4
+    return Tile(blocks, num_warps, registers=255, num_stages=1)
 
 
 def gemm_tile(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tile:
