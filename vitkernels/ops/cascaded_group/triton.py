@@ -752,9 +752,9 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
     """The kernels that walk a window's heads.
 
     Many steps in one program leave no registers for fetching the next tile ahead (num_stages 1), and the backward, which holds scores, probabilities
-    and both their gradients, takes half the tokens. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts. Exact fp32 has its
-    operands in registers: where the loops over channels have one step and unroll, the backward's tile is smaller, and a window of one small tile
-    has fewer warps, between which fewer operands are repeated.
+    and both their gradients, takes half the tokens. The forward's tiles are shared by 256 threads: 8 warps, or 4 of AMD's wavefronts. Exact fp32
+    has its operands in registers: where the loops over channels have one step and unroll, the backward's tile is smaller, and a window of one small
+    tile has fewer warps, between which fewer operands are repeated.
     """
     exact = dtype is torch.float32
     edge = 32 if backward else _edge(dtype)
@@ -767,10 +767,9 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
         "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
         "BLOCK_D": _power(value_dim, 16, edge),
     }
-    if backward:
-        num_warps = 2 if exact and window * window <= 16 else 4
-    else:
-        num_warps = 8 if block_t > 16 and torch.version.hip is None else 4
+    small = exact and window * window <= 16
+    forward_warps = 8 if block_t > 16 and torch.version.hip is None else 4
+    num_warps = forward_warps if not backward else 2 if small else 4
     return Tile(blocks, num_warps, registers=255, num_stages=1)
 
 
