@@ -5,6 +5,7 @@
 
 #include "cascaded_group/op.h"
 #include "common/isa.h"
+#include "packed/op.h"
 #include "separable/op.h"
 
 namespace vitkernels {
@@ -33,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("separable_attention_backward", TORCH_BOX(&vitkernels::separable_attention_backward));
   m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));
   m.impl("separable_self_attention_backward", TORCH_BOX(&vitkernels::separable_self_attention_backward));
+  m.impl("varlen_attention", TORCH_BOX(&vitkernels::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_BOX(&vitkernels::varlen_attention_backward));
 }

@@ -4,6 +4,16 @@ Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation
 """
 
 from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
+from vitkernels.ops.packed.layout import PackedLayout
+from vitkernels.ops.packed.op import packed_attention, varlen_attention
 from vitkernels.ops.separable.op import separable_attention, separable_self_attention
 
-__all__ = ["cascaded_group_attention", "cascaded_group_attention_batch_norm", "separable_attention", "separable_self_attention"]
+__all__ = [
+    "PackedLayout",
+    "cascaded_group_attention",
+    "cascaded_group_attention_batch_norm",
+    "packed_attention",
+    "separable_attention",
+    "separable_self_attention",
+    "varlen_attention",
+]

@@ -1,0 +1,70 @@
+#include "packed/schedule.h"
+
+#include <algorithm>
+
+namespace vitkernels::packed {
+namespace {
+
+// A part of a sequence packs all its keys, which costs as much as about ten rows of queries do.
+constexpr int64_t kLeastRows = 128;
+// Pairs of a query and a key in a batch, at least: some ten microseconds, against which taking a batch costs nothing.
+constexpr int64_t kBatchPairs = 8192;
+// Units a thread should find, so that the last ones end together.
+constexpr int64_t kUnitsPerThread = 4;
+
+}  // namespace
+
+Schedule make_schedule(const int32_t* cu_q, const int32_t* cu_k, const int32_t* used_k, int64_t sequences, int64_t kv_heads, int64_t threads, bool split) {
+  const auto keys = [&](int64_t s) -> int64_t { return used_k ? used_k[s] : cu_k[s + 1] - cu_k[s]; };
+  // A row costs something without any keys, too.
+  const auto pairs = [&](int64_t s, int64_t rows) { return (rows + 8) * (keys(s) + 8); };
+  int64_t total = 0;
+  std::vector<int32_t> order;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t rows = cu_q[s + 1] - cu_q[s];
+    if (rows == 0 && keys(s) == 0 && cu_k[s + 1] == cu_k[s]) continue;
+    total += pairs(s, rows) * kv_heads;
+    order.push_back(static_cast<int32_t>(s));
+  }
+  struct Part {
+    Unit unit;
+    int64_t cost;
+  };
+  std::vector<Part> parts;
+  const int64_t most = threads > 1 ? std::max<int64_t>(total / (threads * kUnitsPerThread), 1) : total;
+  for (const int32_t s : order) {
+    const int64_t rows = cu_q[s + 1] - cu_q[s];
+    int64_t count = 1;
+    if (split && threads > 1) count = std::clamp<int64_t>((pairs(s, rows) + most - 1) / most, 1, std::max<int64_t>(rows / kLeastRows, 1));
+    for (int64_t p = 0; p < count; ++p) {
+      const int32_t begin = static_cast<int32_t>(rows * p / count), end = static_cast<int32_t>(rows * (p + 1) / count);
+      for (int32_t h = 0; h < kv_heads; ++h) parts.push_back({{s, h, begin, end}, pairs(s, end - begin)});
+    }
+  }
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
+  Schedule schedule;
+  int64_t cost = 0;
+  schedule.batches.push_back(0);
+  for (const Part& part : parts) {
+    schedule.units.push_back(part.unit);
+    cost += part.cost;
+    if (cost >= kBatchPairs) {
+      schedule.batches.push_back(static_cast<int64_t>(schedule.units.size()));
+      cost = 0;
+    }
+  }
+  if (cost > 0) schedule.batches.push_back(static_cast<int64_t>(schedule.units.size()));
+  return schedule;
+}
+
+Schedule by_head(Schedule schedule, int64_t kv_heads) {
+  std::stable_sort(schedule.units.begin(), schedule.units.end(), [](const Unit& a, const Unit& b) { return a.kv_head < b.kv_head; });
+  schedule.batches.assign(1, 0);
+  for (int64_t h = 0, i = 0; h < kv_heads; ++h) {
+    while (i < static_cast<int64_t>(schedule.units.size()) && schedule.units[i].kv_head == h) ++i;
+    if (i > schedule.batches.back()) schedule.batches.push_back(i);
+  }
+  return schedule;
+}
+
+}  // namespace vitkernels::packed

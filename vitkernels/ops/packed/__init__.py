@@ -1,0 +1,1 @@
+"""Attention over packed sequences of any lengths (NaViT)."""
