@@ -31,7 +31,7 @@ class BackwardUnit {
       : a_(a), io_(storage_of<T>(a.dtype)), dim_row_(round_up(a.dim, kLanes<T>)), value_row_(round_up(a.value_dim, kLanes<T>)),
         rows_(round_up(kBackwardTile, kBlockRows)), need_q_(a.grad_q || a.grad_q_weight || a.grad_q_bias), need_k_(a.grad_k || a.grad_k_weight || a.grad_k_bias) {}
 
-  void run(const Unit& unit) {
+  void run(const Unit& unit, const Unit*) {
     const Segment s = segment(a_, unit.sequence);
     const int64_t all_keys = a_.cu_k[unit.sequence + 1] - s.k_begin, chunked = round_up(s.keys, kKeyChunk);  // keys that are not in use have gradients: zero
     Buffer<T> raw(a_.norm == Norm::kNone ? 0 : s.keys * dim_row_), keys(s.keys * dim_row_), keys_t(chunked * a_.dim), values_t(chunked * a_.value_dim);

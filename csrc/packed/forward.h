@@ -15,14 +15,16 @@ struct Running {
   T *largest, *sum;
 };
 
-// Logits [rows][row] to exp(logit - largest so far), in place; `keys` of a row count. scale_by[i] is what the row's earlier results are to be multiplied by.
-template <class T>
-inline void softmax_chunk(T* logits, int64_t row, int64_t rows, int64_t keys, bool masked, const Running<T>& running, T* scale_by) {
+// Logits [rows][row] to put(i, c, exp(logit - largest so far)), vector by vector; `keys` of a row count, what fills up its last vector is zero. scale_by[i] is what
+// the row's earlier results are to be multiplied by.
+template <class T, class Put, class Between>
+inline void softmax_chunk(
+    const T* logits, int64_t row, int64_t rows, int64_t keys, bool masked, const Running<T>& running, T* scale_by, const Put& put, const Between& between) {
   constexpr int64_t lanes = kLanes<T>;
   constexpr int64_t kUnroll = 4;
   const int64_t whole = keys / lanes * lanes, left = keys - whole;
   for (int64_t i = 0; i < rows; ++i) {
-    T* at = logits + i * row;
+    const T* at = logits + i * row;
     Vec<T> most[kUnroll];
     for (int64_t u = 0; u < kUnroll; ++u) most[u] = broadcast(-kInfinity<T>);
     int64_t c = 0;
@@ -36,7 +38,7 @@ inline void softmax_chunk(T* logits, int64_t row, int64_t rows, int64_t keys, bo
     const T largest = max_of(before, reduce_max<T>(max_vec(max_vec(most[0], most[1]), max_vec(most[2], most[3]))));
     running.largest[i] = largest;
     if (largest == -kInfinity<T>) {  // nothing seen yet
-      for (c = 0; c < row; c += lanes) store(at + c, Vec<T>{});
+      for (c = 0; c < keys; c += lanes) put(i, c, Vec<T>{});
       scale_by[i] = 1;
       continue;
     }
@@ -48,18 +50,18 @@ inline void softmax_chunk(T* logits, int64_t row, int64_t rows, int64_t keys, bo
         for (int64_t u = 0; u < 2; ++u) {
           const Vec<T> p = exponential(load(at + j + u * lanes) - largest);
           sums[u] += p;
-          store(at + j + u * lanes, p);
+          put(i, j + u * lanes, p);
         }
       }
       for (; j < whole; j += lanes) {
         const Vec<T> p = exponential(load(at + j) - largest);
         sums[0] += p;
-        store(at + j, p);
+        put(i, j, p);
       }
       if (left) {
         const Vec<T> p = first_lanes<T>(exponential(load(at + whole) - largest), left, T(0));
         sums[1] += p;
-        store(at + whole, p);
+        put(i, whole, p);
       }
     };
     if (masked) {
@@ -69,63 +71,236 @@ inline void softmax_chunk(T* logits, int64_t row, int64_t rows, int64_t keys, bo
     }
     scale_by[i] = before == largest ? T(1) : std::exp(before - largest);
     running.sum[i] = running.sum[i] * scale_by[i] + reduce_add<T>(sums[0] + sums[1]);
+    between();
   }
 }
 
+// The products of a tile in the arithmetic type: P in place of the logits.
 template <class T>
-class ForwardUnit {
+class Products {
  public:
-  explicit ForwardUnit(const Forward& a)
-      : a_(a), io_(storage_of<T>(a.dtype)), dim_row_(round_up(a.dim, kLanes<T>)), value_row_(round_up(a.value_dim, kLanes<T>)), rows_(round_up(kQueryTile, kBlockRows)) {}
+  explicit Products(const Forward& a) : a_(a), io_(storage_of<T>(a.dtype)), dim_row_(round_up(a.dim, kLanes<T>)), value_row_(round_up(a.value_dim, kLanes<T>)) {}
 
-  void run(const Unit& unit) {
-    if (unit.q_begin == unit.q_end) return;
-    const Segment s = segment(a_, unit.sequence);
-    Buffer<T> keys(round_up(s.keys, kKeyChunk) * a_.dim), values(s.keys * value_row_);
-    const HeadRows k = io_.head(a_.k, s.k_begin, unit.kv_head), v = io_.head(a_.v, s.k_begin, unit.kv_head);
-    pack_chunks(io_, k, s.keys, a_.dim, NormOf<T>(a_, a_.k_norm, unit.kv_head), keys.get());
-    io_.load_rows(v, s.keys, a_.value_dim, values, value_row_);
-    const int64_t group = a_.heads / a_.kv_heads, tile = even_tile(unit.q_end - unit.q_begin, kQueryTile);
-    for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
-      for (int64_t i = unit.q_begin; i < unit.q_end; i += tile) this->tile(s, head, i, min_of<int64_t>(tile, unit.q_end - i), keys, values);
+  // Elements of T that the packed keys, the values and a tile's queries take.
+  int64_t keys_size(int64_t keys) const { return round_up(keys, kKeyChunk) * a_.dim; }
+  int64_t values_size(int64_t keys) const { return keys * value_row_; }
+  int64_t queries_size(int64_t rows) const { return rows * dim_row_; }
+  int64_t weights_size(int64_t) const { return 0; }
+
+  void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<T>& norm, T* keys, T* values) const {
+    pack_chunks(io_, k, count, a_.dim, norm, keys);
+    io_.load_rows(v, count, a_.value_dim, values, value_row_);
+  }
+  void load_queries(const HeadRows& q, int64_t rows, const NormOf<T>& norm, T* queries) const {
+    io_.load_rows(q, rows, a_.dim, queries, dim_row_);
+    norm.forward(queries, rows);
+  }
+  // Q K^T of the chunk that begins at key j, `count` keys.
+  template <class Epilogue>
+  void logits(int64_t rows, int64_t j, int64_t count, const T* queries, const T* keys, const Epilogue& epilogue) const {
+    const int64_t vectors = ceil_div(count, kLanes<T>);
+    gemm<T>(rows, a_.dim, vectors, queries, dim_row_, 1, keys + j * a_.dim, vectors * kLanes<T>, epilogue);
+  }
+  void put_weights(T* logits, T*, int64_t i, int64_t c, Vec<T> p) const { store(logits + i * kKeyChunk + c, p); }
+  // P V of that chunk.
+  template <class Epilogue>
+  void out(int64_t rows, int64_t j, int64_t count, const T* logits, const T*, const T* values, const Epilogue& epilogue) const {
+    gemm<T>(rows, count, value_row_ / kLanes<T>, logits, kKeyChunk, 1, values + j * value_row_, value_row_, epilogue);
+  }
+
+ private:
+  const Forward& a_;
+  const Storage<T>& io_;
+  const int64_t dim_row_, value_row_;
+};
+
+#if defined(__AVX512BF16__)
+
+// The same with bfloat16 operands, two a lane, and float accumulators. P is rounded to bfloat16, as PyTorch's attention does. Everything is kept in units of 32 bits.
+class PairProducts {
+ public:
+  explicit PairProducts(const Forward& a)
+      : a_(a), io_(storage_of<float>(a.dtype)), dim_row_(round_up(a.dim, kFloatLanes)), value_row_(round_up(a.value_dim, kFloatLanes)), pairs_(ceil_div(a.dim, 2)),
+        pairs_row_(round_up(pairs_, kFloatLanes)) {}
+
+  int64_t keys_size(int64_t keys) const { return round_up(keys, kKeyChunk) * pairs_; }
+  int64_t values_size(int64_t keys) const { return ceil_div(keys, 2) * value_row_; }
+  int64_t queries_size(int64_t rows) const { return rows * pairs_row_; }
+  int64_t weights_size(int64_t rows) const { return rows * kKeyChunk / 2; }
+
+  void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<float>& norm, float* keys, float* values) const {
+    Buffer<float> stage(kFloatLanes * pairs_row_);
+    for (int64_t first = 0; first < count; first += kKeyChunk) {
+      const int64_t chunk = min_of(kKeyChunk, count - first), row = round_up(chunk, kFloatLanes);
+      float* panel = keys + first * pairs_;
+      for (int64_t j = 0; j < row; j += kFloatLanes) {
+        const int64_t rows = min_of<int64_t>(chunk - j, kFloatLanes);
+        load_queries(k.after((first + j) * io_.bytes), rows, norm, stage);
+        for (int64_t c = 0; c < pairs_; c += kFloatLanes) {
+          Vec<float> block[kFloatLanes] = {};
+          for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * pairs_row_ + c);
+          transpose<float>(block);
+          for (int64_t i = 0; i < min_of<int64_t>(pairs_ - c, kFloatLanes); ++i) store(panel + (c + i) * row + j, block[i]);
+        }
+      }
+    }
+    pack_values(v, count, values);
+  }
+
+  // Rows of pairs, zero from the last element on.
+  void load_queries(const HeadRows& from, int64_t rows, const NormOf<float>& norm, float* queries) const {
+    if (norm.kind == Norm::kNone && from.column_stride == 1) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const BFloat16* source = static_cast<const BFloat16*>(from.data) + i * from.row_stride;
+        for (int64_t c = 0; c < pairs_row_; c += kFloatLanes) {
+          const int64_t left = min_of<int64_t>(max_of<int64_t>(a_.dim - 2 * c, 0), 2 * kFloatLanes);
+          const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+          _mm512_storeu_si512(queries + i * pairs_row_ + c, _mm512_maskz_loadu_epi16(mask, source + 2 * c));
+        }
+      }
+      return;
+    }
+    Buffer<float> wide(rows * dim_row_);
+    io_.load_rows(from, rows, a_.dim, wide, dim_row_);
+    norm.forward(wide, rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      BFloat16* target = reinterpret_cast<BFloat16*>(queries + i * pairs_row_);
+      for (int64_t c = 0; c < 2 * pairs_row_; c += kFloatLanes) store(target + c, c < dim_row_ ? load(wide + i * dim_row_ + c) : Vec<float>{});
+    }
+  }
+
+  template <class Epilogue>
+  void logits(int64_t rows, int64_t j, int64_t count, const float* queries, const float* keys, const Epilogue& epilogue) const {
+    const int64_t vectors = ceil_div(count, kFloatLanes);
+    gemm_bf16(rows, pairs_, vectors, reinterpret_cast<const BFloat16*>(queries), 2 * pairs_row_, reinterpret_cast<const uint32_t*>(keys + j * pairs_),
+              vectors * kFloatLanes, epilogue);
+  }
+  void put_weights(float*, float* weights, int64_t i, int64_t c, Vec<float> p) const {
+    const __m256bh half = _mm512_cvtneps_pbh(p);
+    std::memcpy(reinterpret_cast<BFloat16*>(weights) + i * kKeyChunk + c, &half, sizeof half);
+  }
+  template <class Epilogue>
+  void out(int64_t rows, int64_t j, int64_t count, const float*, const float* weights, const float* values, const Epilogue& epilogue) const {
+    gemm_bf16(rows, ceil_div(count, 2), value_row_ / kFloatLanes, reinterpret_cast<const BFloat16*>(weights), kKeyChunk,
+              reinterpret_cast<const uint32_t*>(values + j / 2 * value_row_), value_row_, epilogue);
+  }
+
+ private:
+  // Rows 2 j and 2 j + 1 in the low and high halves of one row.
+  void pack_values(const HeadRows& v, int64_t count, float* values) const {
+    const BFloat16* source = static_cast<const BFloat16*>(v.data);
+    for (int64_t j = 0; j < count; j += 2) {
+      uint32_t* target = reinterpret_cast<uint32_t*>(values + j / 2 * value_row_);
+      const BFloat16* even = source + j * v.row_stride;
+      const BFloat16* odd = j + 1 < count ? even + v.row_stride : nullptr;
+      for (int64_t c = 0; c < value_row_; c += kFloatLanes) {
+        const int64_t left = min_of<int64_t>(a_.value_dim - c, kFloatLanes);
+        const WordBits low = words(even, v.column_stride, c, left), high = odd ? words(odd, v.column_stride, c, left) : WordBits{};
+        const WordBits pair = low | high << 16;
+        std::memcpy(target + c, &pair, sizeof pair);
+      }
+    }
+  }
+  static WordBits words(const BFloat16* row, int64_t stride, int64_t c, int64_t left) {
+    HalfBits bits{};
+    if (stride == 1 && left == kFloatLanes) {
+      std::memcpy(&bits, row + c, sizeof bits);
+    } else {
+      for (int64_t i = 0; i < left; ++i) bits[i] = row[(c + i) * stride].bits;
+    }
+    return __builtin_convertvector(bits, WordBits);
+  }
+
+  const Forward& a_;
+  const Storage<float>& io_;
+  const int64_t dim_row_, value_row_, pairs_, pairs_row_;
+};
+
+#endif  // __AVX512BF16__
+
+// Fetches the rows of a coming unit while this one computes, a row at a time: rows of one head are far apart, and no hardware prefetcher sees them coming.
+class Prefetch {
+ public:
+  Prefetch(const Attention& a, int64_t bytes, const Unit* unit) {
+    if (!unit) return;
+    const Segment s = segment(a, unit->sequence);
+    const int64_t group = a.heads / a.kv_heads;
+    add(a.q, s.q_begin + unit->q_begin, unit->kv_head * group, unit->q_end - unit->q_begin, a.dim, bytes);
+    add(a.k, s.k_begin, unit->kv_head, s.keys, a.dim, bytes);
+    add(a.v, s.k_begin, unit->kv_head, s.keys, a.value_dim, bytes);
+  }
+  void row() {
+    for (Side& side : sides_) {
+      if (side.left == 0) continue;
+      --side.left;
+      for (int64_t b = 0; b < side.size; b += 64) __builtin_prefetch(side.at + b, 0, 2);
+      side.at += side.step;
     }
   }
 
  private:
-  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values) {
-    Buffer<T> q(rows_ * dim_row_), logits(rows_ * kKeyChunk), out(rows_ * value_row_), factors(a_.dropout ? rows_ * kKeyChunk : 0), small(3 * rows_);
+  struct Side {
+    const char* at;
+    int64_t left, size, step;
+  };
+  void add(const Rows& rows, int64_t row, int64_t head, int64_t count, int64_t columns, int64_t bytes) {
+    sides_[sides_used_++] = {static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * bytes, rows.column_stride == 1 ? count : 0,
+                             columns * bytes, rows.row_stride * bytes};
+  }
+  Side sides_[3] = {};
+  int sides_used_ = 0;
+};
+
+template <class T, class P>
+class ForwardUnit {
+ public:
+  explicit ForwardUnit(const Forward& a) : a_(a), io_(storage_of<T>(a.dtype)), products_(a), value_row_(round_up(a.value_dim, kLanes<T>)), rows_(round_up(kQueryTile, kBlockRows)) {}
+
+  void run(const Unit& unit, const Unit* next) {
+    if (unit.q_begin == unit.q_end) return;
+    const Segment s = segment(a_, unit.sequence);
+    Buffer<T> keys(products_.keys_size(s.keys)), values(products_.values_size(s.keys));
+    products_.pack(io_.head(a_.k, s.k_begin, unit.kv_head), io_.head(a_.v, s.k_begin, unit.kv_head), s.keys, NormOf<T>(a_, a_.k_norm, unit.kv_head), keys.get(), values.get());
+    Prefetch prefetch(a_, io_.bytes, next);
+    const int64_t group = a_.heads / a_.kv_heads, tile = even_tile(unit.q_end - unit.q_begin, kQueryTile);
+    for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
+      for (int64_t i = unit.q_begin; i < unit.q_end; i += tile) this->tile(s, head, i, min_of<int64_t>(tile, unit.q_end - i), keys, values, prefetch);
+    }
+  }
+
+ private:
+  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values, Prefetch& prefetch) {
+    Buffer<T> q(products_.queries_size(rows_)), logits(rows_ * kKeyChunk), weights(products_.weights_size(rows_)), out(rows_ * value_row_);
+    Buffer<T> factors(a_.dropout ? rows_ * kKeyChunk : 0), small(3 * rows_);
     const Running<T> running = {small.get(), small + rows_};
     T* scale_by = small + 2 * rows_;
     for (int64_t i = 0; i < rows; ++i) running.largest[i] = -kInfinity<T>, running.sum[i] = 0;
     const int64_t row = s.q_begin + first;
-    io_.load_rows(io_.head(a_.q, row, head), rows, a_.dim, q, dim_row_);
-    NormOf<T>(a_, a_.q_norm, head).forward(q, rows);
+    products_.load_queries(io_.head(a_.q, row, head), rows, NormOf<T>(a_, a_.q_norm, head), q.get());
     const T scale = static_cast<T>(a_.scale);
     for (int64_t j = 0; j < s.keys; j += kKeyChunk) {
-      const int64_t count = min_of(kKeyChunk, s.keys - j), vectors = ceil_div(count, kLanes<T>), width = vectors * kLanes<T>;
-      gemm<T>(rows, a_.dim, vectors, q.get(), dim_row_, 1, keys + j * a_.dim, width, [&](int64_t i, int64_t c, Vec<T> acc) {
-        store(logits + i * kKeyChunk + c * kLanes<T>, acc * scale);
-      });
+      const int64_t count = min_of(kKeyChunk, s.keys - j);
+      products_.logits(rows, j, count, q.get(), keys, [&](int64_t i, int64_t c, Vec<T> acc) { store(logits + i * kKeyChunk + c * kLanes<T>, acc * scale); });
       if (a_.bias) {
         for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, head, first + i, j, count, logits + i * kKeyChunk);
       }
-      softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by);
+      const auto between = [&] {
+        if (j == 0) prefetch.row();
+      };
       if (a_.dropout) {
         dropout_factors<T>(a_, head, row, rows, s.k_begin + j, count, factors, kKeyChunk);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t c = 0; c < count; ++c) logits[i * kKeyChunk + c] *= factors[i * kKeyChunk + c];
-        }
-      }
-      if (j == 0) {
-        gemm<T>(rows, count, value_row_ / kLanes<T>, logits.get(), kKeyChunk, 1, values, value_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
-          store(out + i * value_row_ + c * kLanes<T>, acc);
-        });
+        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, [&](int64_t i, int64_t c, Vec<T> p) {
+          products_.put_weights(logits, weights, i, c, p * load(factors + i * kKeyChunk + c));
+        }, between);
       } else {
-        gemm<T>(rows, count, value_row_ / kLanes<T>, logits.get(), kKeyChunk, 1, values + j * value_row_, value_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
-          T* at = out + i * value_row_ + c * kLanes<T>;
-          store(at, load(at) * scale_by[i] + acc);
-        });
+        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, [&](int64_t i, int64_t c, Vec<T> p) {
+          products_.put_weights(logits, weights, i, c, p);
+        }, between);
       }
+      products_.out(rows, j, count, logits.get(), weights.get(), values, [&](int64_t i, int64_t c, Vec<T> acc) {
+        T* at = out + i * value_row_ + c * kLanes<T>;
+        store(at, j == 0 ? acc : load(at) * scale_by[i] + acc);
+      });
     }
     for (int64_t i = 0; i < rows; ++i) {
       const T sum = running.sum[i], factor = sum > 0 ? T(1) / sum : T(0);
@@ -137,7 +312,8 @@ class ForwardUnit {
 
   const Forward& a_;
   const Storage<T>& io_;
-  const int64_t dim_row_, value_row_, rows_;
+  const P products_;
+  const int64_t value_row_, rows_;
 };
 
 // Rows beyond the last sequence.
@@ -154,7 +330,12 @@ void finish_padding(const Forward& a) {
 template <class T>
 void forward(const Forward& a) {
   finish_padding<T>(a);
-  for_units(*a.schedule, [&] { return ForwardUnit<T>(a); });
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (a.dtype == Dtype::kBFloat16) return for_units(*a.schedule, [&] { return ForwardUnit<T, PairProducts>(a); });
+  }
+#endif
+  for_units(*a.schedule, [&] { return ForwardUnit<T, Products<T>>(a); });
 }
 
 }  // namespace

@@ -103,8 +103,8 @@ inline Segment segment(const Attention& a, int64_t s) {
   return {a.cu_q[s], a.cu_q[s + 1], k_begin, a.used_k ? a.used_k[s] : a.cu_k[s + 1] - k_begin};
 }
 
-// A tile of logits, [kQueryTile][kKeyChunk] floats, has to stay in the L1 cache beside the panel that it is multiplied with.
-constexpr int64_t kKeyChunk = 128;
+// Keys of a chunk: up to as many the softmax sees a whole row at once. 128 to 256 are equally fast (a tile of logits is 16 to 32 kB).
+constexpr int64_t kKeyChunk = 256;
 
 // The rows of a tile: as even as blocks of eight rows allow.
 inline int64_t even_tile(int64_t rows, int64_t most) {
@@ -112,7 +112,7 @@ inline int64_t even_tile(int64_t rows, int64_t most) {
   return min_of(round_up(ceil_div(rows, tiles), kBlockRows), round_up(most, kBlockRows));
 }
 
-// body(unit) for every unit, on whichever thread is free; a thread's state is made once.
+// run(unit, the one after it or null) for every unit, on whichever thread is free; the state that runs them is made once a thread.
 template <class MakeState>
 void for_units(const Schedule& schedule, const MakeState& make_state) {
   const int64_t batches = static_cast<int64_t>(schedule.batches.size()) - 1;
@@ -122,7 +122,8 @@ void for_units(const Schedule& schedule, const MakeState& make_state) {
     for (;;) {
       const int64_t b = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (b >= batches) return;
-      for (int64_t i = schedule.batches.data()[b]; i < schedule.batches.data()[b + 1]; ++i) state.run(schedule.units.data()[i]);
+      const Unit* end = schedule.units.data() + schedule.batches.data()[b + 1];
+      for (const Unit* unit = schedule.units.data() + schedule.batches.data()[b]; unit < end; ++unit) state.run(*unit, unit + 1 < end ? unit + 1 : nullptr);
     }
   });
 }
