@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "common/gemm.h"
+#include "common/philox.h"
 #include "common/tile.h"
 #include "packed/kernels.h"
 
@@ -235,32 +236,19 @@ struct NormOf {
 
 // --- dropout ------------------------------------------------------------------------------------------------------------------------------
 
-// Philox4x32-10 for a vector of counters that differ in their first word (Salmon et al., SC 2011, section 3.3).
-constexpr int kPhiloxLanes = 16;
-inline void philox(uint64_t seed, uint32_t first, uint32_t second, uint32_t third, uint32_t (&words)[4][kPhiloxLanes]) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int i = 0; i < kPhiloxLanes; ++i) words[0][i] = first + static_cast<uint32_t>(i), words[1][i] = second, words[2][i] = third, words[3][i] = 0;
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kPhiloxLanes; ++i) {
-      const uint64_t a = static_cast<uint64_t>(words[0][i]) * 0xD2511F53u, b = static_cast<uint64_t>(words[2][i]) * 0xCD9E8D57u;
-      words[0][i] = static_cast<uint32_t>(b >> 32) ^ words[1][i] ^ key0;
-      words[1][i] = static_cast<uint32_t>(b);
-      words[2][i] = static_cast<uint32_t>(a >> 32) ^ words[3][i] ^ key1;
-      words[3][i] = static_cast<uint32_t>(a);
-    }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-}
-
-// What each weight is multiplied by, [rows][row]: 0 or keep_factor, for global rows of q and of k.
+// What each weight is multiplied by, [rows][row]: 0 or keep_factor, for global rows of q and of k. The counter is (key row, query row / 4, head, 0), the word
+// that of query row % 4: four rows share one evaluation.
 template <class T>
 void dropout_factors(const Attention& a, int64_t head, int64_t first_query, int64_t rows, int64_t first_key, int64_t keys, T* out, int64_t row) {
   const T factor = static_cast<T>(a.keep_factor);
   for (int64_t group = first_query / 4; group * 4 < first_query + rows; ++group) {
     for (int64_t j = 0; j < keys; j += kPhiloxLanes) {
-      uint32_t words[4][kPhiloxLanes];
-      philox(a.seed, static_cast<uint32_t>(first_key + j), static_cast<uint32_t>(group), static_cast<uint32_t>(head), words);
+      PhiloxWords words;
+      for (int c = 0; c < kPhiloxLanes; ++c) {
+        words[0][c] = static_cast<uint32_t>(first_key + j) + static_cast<uint32_t>(c), words[1][c] = static_cast<uint32_t>(group);
+        words[2][c] = static_cast<uint32_t>(head), words[3][c] = 0;
+      }
+      philox(a.seed, words);
       for (int64_t w = 0; w < 4; ++w) {
         const int64_t i = group * 4 + w - first_query;
         if (i < 0 || i >= rows) continue;
