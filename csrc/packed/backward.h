@@ -20,7 +20,7 @@ void clear(T* data, int64_t count) { std::memset(data, 0, static_cast<size_t>(co
 // One head's keys and values in every form the products want, and their gradients so far.
 template <class T>
 struct KeySide {
-  const T *keys, *keys_t, *values_t;  // [keys][dim_row]; chunks of [dim][keys] and [value_dim][keys]
+  const T *keys, *keys_t, *values_t;  // [keys][dim_row]; panels of [dim] and of [value_dim]
   T *grad_k, *grad_v;                 // [keys][dim_row], [keys][value_row]
 };
 
@@ -43,8 +43,8 @@ class BackwardUnit {
     io_.load_rows(k, s.keys, a_.dim, keys, dim_row_);
     if (a_.norm != Norm::kNone) std::memcpy(raw.get(), keys.get(), static_cast<size_t>(s.keys * dim_row_) * sizeof(T));
     norm.forward(keys, s.keys);
-    pack_chunks(io_, k, s.keys, a_.dim, norm, keys_t.get());
-    pack_chunks(io_, v, s.keys, a_.value_dim, NormOf<T>(), values_t.get());
+    pack_transposed(io_, k, s.keys, a_.dim, norm, keys_t.get());
+    pack_transposed(io_, v, s.keys, a_.value_dim, NormOf<T>(), values_t.get());
     const KeySide<T> side = {keys, keys_t, values_t, grad_k, grad_v};
     const int64_t group = a_.heads / a_.kv_heads, queries = s.q_end - s.q_begin, tile = even_tile(queries, kBackwardTile);
     for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
@@ -85,14 +85,14 @@ class BackwardUnit {
     const T scale = static_cast<T>(a_.scale);
     const T* lse = static_cast<const T*>(a_.lse) + head * a_.total_q + row;
     for (int64_t j = 0; j < s.keys; j += kKeyChunk) {
-      const int64_t count = min_of(kKeyChunk, s.keys - j), vectors = ceil_div(count, lanes), width = vectors * lanes;
-      gemm<T>(rows, a_.dim, vectors, q.get(), dim_row_, 1, side.keys_t + j * a_.dim, width, [&](int64_t i, int64_t c, Vec<T> acc) {
+      const int64_t count = min_of(kKeyChunk, s.keys - j), vectors = ceil_div(count, lanes);
+      gemm_panels<T>(rows, a_.dim, vectors, q.get(), dim_row_, 1, side.keys_t + j * a_.dim, a_.dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
         store(weights + i * kKeyChunk + c * lanes, acc * scale);
       });
       if (a_.bias) {
         for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, head, first + i, j, count, weights + i * kKeyChunk);
       }
-      gemm<T>(rows, a_.value_dim, vectors, grad_out.get(), value_row_, 1, side.values_t + j * a_.value_dim, width, [&](int64_t i, int64_t c, Vec<T> acc) {
+      gemm_panels<T>(rows, a_.value_dim, vectors, grad_out.get(), value_row_, 1, side.values_t + j * a_.value_dim, a_.value_dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
         store(grads + i * kKeyChunk + c * lanes, acc);
       });
       if (a_.dropout) dropout_factors<T>(a_, head, row, rows, s.k_begin + j, count, factors, kKeyChunk);

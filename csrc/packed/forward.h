@@ -83,13 +83,15 @@ class Products {
 
   // Elements of T that the packed keys, the values and a tile's queries take.
   int64_t keys_size(int64_t keys) const { return round_up(keys, kKeyChunk) * a_.dim; }
-  int64_t values_size(int64_t keys) const { return keys * value_row_; }
+  int64_t values_size(int64_t keys) const { return keys * round_up(value_row_, kPanel<T>); }
   int64_t queries_size(int64_t rows) const { return rows * dim_row_; }
   int64_t weights_size(int64_t) const { return 0; }
 
   void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<T>& norm, T* keys, T* values) const {
-    pack_chunks(io_, k, count, a_.dim, norm, keys);
-    io_.load_rows(v, count, a_.value_dim, values, value_row_);
+    pack_transposed(io_, k, count, a_.dim, norm, keys);
+    for (int64_t c = 0; c < a_.value_dim; c += kPanel<T>) {
+      io_.load_rows(v.from_column(c * io_.bytes), count, min_of(a_.value_dim - c, kPanel<T>), values + c * count, kPanel<T>);
+    }
   }
   void load_queries(const HeadRows& q, int64_t rows, const NormOf<T>& norm, T* queries) const {
     io_.load_rows(q, rows, a_.dim, queries, dim_row_);
@@ -98,14 +100,13 @@ class Products {
   // Q K^T of the chunk that begins at key j, `count` keys.
   template <class Epilogue>
   void logits(int64_t rows, int64_t j, int64_t count, const T* queries, const T* keys, const Epilogue& epilogue) const {
-    const int64_t vectors = ceil_div(count, kLanes<T>);
-    gemm<T>(rows, a_.dim, vectors, queries, dim_row_, 1, keys + j * a_.dim, vectors * kLanes<T>, epilogue);
+    gemm_panels<T>(rows, a_.dim, ceil_div(count, kLanes<T>), queries, dim_row_, 1, keys + j * a_.dim, a_.dim * kPanel<T>, epilogue);
   }
   void put_weights(T* logits, T*, int64_t i, int64_t c, Vec<T> p) const { store(logits + i * kKeyChunk + c, p); }
-  // P V of that chunk.
+  // P V of that chunk, of `keys` in all.
   template <class Epilogue>
-  void out(int64_t rows, int64_t j, int64_t count, const T* logits, const T*, const T* values, const Epilogue& epilogue) const {
-    gemm<T>(rows, count, value_row_ / kLanes<T>, logits, kKeyChunk, 1, values + j * value_row_, value_row_, epilogue);
+  void out(int64_t rows, int64_t j, int64_t count, int64_t keys, const T* logits, const T*, const T* values, const Epilogue& epilogue) const {
+    gemm_panels<T>(rows, count, value_row_ / kLanes<T>, logits, kKeyChunk, 1, values + j * kPanel<T>, keys * kPanel<T>, epilogue);
   }
 
  private:
@@ -124,24 +125,21 @@ class PairProducts {
         pairs_row_(round_up(pairs_, kFloatLanes)) {}
 
   int64_t keys_size(int64_t keys) const { return round_up(keys, kKeyChunk) * pairs_; }
-  int64_t values_size(int64_t keys) const { return ceil_div(keys, 2) * value_row_; }
+  int64_t values_size(int64_t keys) const { return ceil_div(keys, 2) * round_up(value_row_, kPanel<float>); }
   int64_t queries_size(int64_t rows) const { return rows * pairs_row_; }
   int64_t weights_size(int64_t rows) const { return rows * kKeyChunk / 2; }
 
   void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<float>& norm, float* keys, float* values) const {
     Buffer<float> stage(kFloatLanes * pairs_row_);
-    for (int64_t first = 0; first < count; first += kKeyChunk) {
-      const int64_t chunk = min_of(kKeyChunk, count - first), row = round_up(chunk, kFloatLanes);
-      float* panel = keys + first * pairs_;
-      for (int64_t j = 0; j < row; j += kFloatLanes) {
-        const int64_t rows = min_of<int64_t>(chunk - j, kFloatLanes);
-        load_queries(k.after((first + j) * io_.bytes), rows, norm, stage);
-        for (int64_t c = 0; c < pairs_; c += kFloatLanes) {
-          Vec<float> block[kFloatLanes] = {};
-          for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * pairs_row_ + c);
-          transpose<float>(block);
-          for (int64_t i = 0; i < min_of<int64_t>(pairs_ - c, kFloatLanes); ++i) store(panel + (c + i) * row + j, block[i]);
-        }
+    for (int64_t j = 0; j < count; j += kFloatLanes) {
+      const int64_t rows = min_of<int64_t>(count - j, kFloatLanes);
+      float* panel = keys + j / kPanel<float> * kPanel<float> * pairs_ + j % kPanel<float>;
+      load_queries(k.after(j * io_.bytes), rows, norm, stage);
+      for (int64_t c = 0; c < pairs_; c += kFloatLanes) {
+        Vec<float> block[kFloatLanes] = {};
+        for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * pairs_row_ + c);
+        transpose<float>(block);
+        for (int64_t i = 0; i < min_of<int64_t>(pairs_ - c, kFloatLanes); ++i) store(panel + (c + i) * kPanel<float>, block[i]);
       }
     }
     pack_values(v, count, values);
@@ -171,33 +169,40 @@ class PairProducts {
 
   template <class Epilogue>
   void logits(int64_t rows, int64_t j, int64_t count, const float* queries, const float* keys, const Epilogue& epilogue) const {
-    const int64_t vectors = ceil_div(count, kFloatLanes);
-    gemm_bf16(rows, pairs_, vectors, reinterpret_cast<const BFloat16*>(queries), 2 * pairs_row_, reinterpret_cast<const uint32_t*>(keys + j * pairs_),
-              vectors * kFloatLanes, epilogue);
+    gemm_pairs(rows, pairs_, ceil_div(count, kFloatLanes), queries, 2 * pairs_row_, keys + j * pairs_, pairs_ * kPanel<float>, epilogue);
   }
   void put_weights(float*, float* weights, int64_t i, int64_t c, Vec<float> p) const {
     const __m256bh half = _mm512_cvtneps_pbh(p);
     std::memcpy(reinterpret_cast<BFloat16*>(weights) + i * kKeyChunk + c, &half, sizeof half);
   }
   template <class Epilogue>
-  void out(int64_t rows, int64_t j, int64_t count, const float*, const float* weights, const float* values, const Epilogue& epilogue) const {
-    gemm_bf16(rows, ceil_div(count, 2), value_row_ / kFloatLanes, reinterpret_cast<const BFloat16*>(weights), kKeyChunk,
-              reinterpret_cast<const uint32_t*>(values + j / 2 * value_row_), value_row_, epilogue);
+  void out(int64_t rows, int64_t j, int64_t count, int64_t keys, const float*, const float* weights, const float* values, const Epilogue& epilogue) const {
+    const int64_t stride = ceil_div(keys, 2) * kPanel<float>;
+    gemm_pairs(rows, ceil_div(count, 2), value_row_ / kFloatLanes, weights, kKeyChunk, values + j / 2 * kPanel<float>, stride, epilogue);
   }
 
  private:
+  // gemm_panels of pairs: rows of a are a_row elements of bfloat16 apart.
+  template <class Epilogue>
+  static void gemm_pairs(int64_t rows, int64_t pairs, int64_t vectors, const float* a, int64_t a_row, const float* panels, int64_t stride, const Epilogue& epilogue) {
+    for (int64_t v = 0; v < vectors; v += 2) {
+      const uint32_t* panel = reinterpret_cast<const uint32_t*>(panels + v / 2 * stride);
+      gemm_bf16(rows, pairs, min_of<int64_t>(vectors - v, 2), reinterpret_cast<const BFloat16*>(a), a_row, panel, kPanel<float>,
+                [&](int64_t i, int64_t c, Vec<float> acc) { epilogue(i, v + c, acc); });
+    }
+  }
   // Rows 2 j and 2 j + 1 in the low and high halves of one row.
   void pack_values(const HeadRows& v, int64_t count, float* values) const {
     const BFloat16* source = static_cast<const BFloat16*>(v.data);
+    const int64_t panel = ceil_div(count, 2) * kPanel<float>;
     for (int64_t j = 0; j < count; j += 2) {
-      uint32_t* target = reinterpret_cast<uint32_t*>(values + j / 2 * value_row_);
       const BFloat16* even = source + j * v.row_stride;
       const BFloat16* odd = j + 1 < count ? even + v.row_stride : nullptr;
       for (int64_t c = 0; c < value_row_; c += kFloatLanes) {
         const int64_t left = min_of<int64_t>(a_.value_dim - c, kFloatLanes);
         const WordBits low = words(even, v.column_stride, c, left), high = odd ? words(odd, v.column_stride, c, left) : WordBits{};
         const WordBits pair = low | high << 16;
-        std::memcpy(target + c, &pair, sizeof pair);
+        std::memcpy(values + c / kPanel<float> * panel + j / 2 * kPanel<float> + c % kPanel<float>, &pair, sizeof pair);
       }
     }
   }
@@ -297,7 +302,7 @@ class ForwardUnit {
           products_.put_weights(logits, weights, i, c, p);
         }, between);
       }
-      products_.out(rows, j, count, logits.get(), weights.get(), values, [&](int64_t i, int64_t c, Vec<T> acc) {
+      products_.out(rows, j, count, s.keys, logits.get(), weights.get(), values, [&](int64_t i, int64_t c, Vec<T> acc) {
         T* at = out + i * value_row_ + c * kLanes<T>;
         store(at, j == 0 ? acc : load(at) * scale_by[i] + acc);
       });

@@ -27,6 +27,8 @@ struct HeadRows {
 
   // From a later row on, given as rows * bytes of an element.
   HeadRows after(int64_t row_bytes) const { return {static_cast<const char*>(data) + row_bytes * row_stride, row_stride, column_stride}; }
+  // From a later column on, likewise.
+  HeadRows from_column(int64_t column_bytes) const { return {static_cast<const char*>(data) + column_bytes * column_stride, row_stride, column_stride}; }
 };
 
 template <class S>
@@ -276,31 +278,36 @@ inline void add_bias(const Attention& a, int64_t head, int64_t i, int64_t j, int
   for (; c < keys; ++c) logits[c] += bias[c];
 }
 
-// Rows of a head as a panel [columns][row], zero beyond `count`: K^T. `stage` holds kLanes rows.
+// The right operands of the products lie in panels of two vectors, [depth][kPanel], one after the other: what a block of the product reads is then contiguous.
+// (As one wide matrix, 256 columns are a stride of 1 kB, and the 64 rows of a head fall into an eighth of the sets of an L1 cache.)
 template <class T>
-void pack_transposed(const Storage<T>& io, const HeadRows& from, int64_t count, int64_t columns, const NormOf<T>& norm, T* stage, T* panel, int64_t row) {
+constexpr int64_t kPanel = 2 * kLanes<T>;
+
+// gemm over such panels, `stride` elements apart.
+template <class T, class Epilogue>
+inline void gemm_panels(int64_t rows, int64_t depth, int64_t vectors, const T* a, int64_t a_row, int64_t a_col, const T* panels, int64_t stride, const Epilogue& epilogue) {
+  for (int64_t v = 0; v < vectors; v += 2) {
+    gemm<T>(rows, depth, min_of<int64_t>(vectors - v, 2), a, a_row, a_col, panels + v / 2 * stride, kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) { epilogue(i, v + c, acc); });
+  }
+}
+
+// Rows of a head as panels [columns][kPanel], zero beyond `count` up to a whole vector: K^T.
+template <class T>
+void pack_transposed(const Storage<T>& io, const HeadRows& from, int64_t count, int64_t columns, const NormOf<T>& norm, T* panels) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t stage_row = round_up(columns, lanes);
-  for (int64_t j = 0; j < row; j += lanes) {
-    const int64_t rows = min_of(max_of<int64_t>(count - j, 0), lanes);
+  Buffer<T> stage(lanes * stage_row);
+  for (int64_t j = 0; j < round_up(count, lanes); j += lanes) {
+    const int64_t rows = min_of(count - j, lanes);
+    T* panel = panels + j / kPanel<T> * kPanel<T> * columns + j % kPanel<T>;
     io.load_rows(from.after(j * io.bytes), rows, columns, stage, stage_row);
     norm.forward(stage, rows);
     for (int64_t c = 0; c < columns; c += lanes) {
       Vec<T> block[lanes] = {};
       for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * stage_row + c);
       transpose<T>(block);
-      for (int64_t i = 0; i < min_of(columns - c, lanes); ++i) store(panel + (c + i) * row + j, block[i]);
+      for (int64_t i = 0; i < min_of(columns - c, lanes); ++i) store(panel + (c + i) * kPanel<T>, block[i]);
     }
-  }
-}
-
-// The same, chunk by chunk of kKeyChunk rows: chunk c begins at panel + c * kKeyChunk * columns, its rows are rounded up to whole vectors.
-template <class T>
-void pack_chunks(const Storage<T>& io, const HeadRows& from, int64_t count, int64_t columns, const NormOf<T>& norm, T* panel) {
-  Buffer<T> stage(kLanes<T> * round_up(columns, kLanes<T>));
-  for (int64_t first = 0; first < count; first += kKeyChunk) {
-    const int64_t rows = min_of(kKeyChunk, count - first);
-    pack_transposed(io, from.after(first * io.bytes), rows, columns, norm, stage.get(), panel + first * columns, round_up(rows, kLanes<T>));
   }
 }
 
