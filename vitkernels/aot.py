@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -24,7 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
+from vitkernels.ops.packed import layout as packed_layout
+from vitkernels.ops.packed import triton as packed
+from vitkernels.ops.packed.op import NORMS
 from vitkernels.ops.separable import triton as separable
 
 # Target -> what Triton calls it, and the shared memory (LDS) of one program in bytes.
@@ -58,8 +63,15 @@ STAGES = (
     Stage("m5 stage 3", 96, 4, (7, 5, 3, 3)),
     Stage("14 x 14 window", 64, 14, (7, 5, 3, 3)),
 )
+HEAD_DIMS = (32, 64, 128)
+# What makes varlen_attention's kernels differ: nothing; NaViT's norm; a layer norm with all else at once.
+PACKED_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm": {"norm": "l2", "gaps": True},
+    "all": {"norm": "layer", "gaps": True, "bias": True, "dropout": True, "key_heads": 4},
+}
 DTYPES = (torch.bfloat16, torch.float32)
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +102,14 @@ class Launch:
                 signature.append((name, _POINTERS[value.dtype]))
                 if value.storage_offset() * value.element_size() % 16 == 0:
                     aligned.append(index)
-            elif parameter.is_constexpr or value is None or value == 1:
+            elif parameter.is_constexpr or value is None or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize):
                 signature.append((name, "constexpr"))
                 constants.append((name, value))
+            elif isinstance(value, float):
+                signature.append((name, "fp32"))
             else:
                 signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-                if value % 16 == 0:
+                if value % 16 == 0 and not parameter.do_not_specialize:
                     aligned.append(index)
         return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), compiler_options)
 
@@ -126,11 +140,11 @@ def recorded() -> Iterator[list[Launch]]:
     def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         launches.append(Launch.of(kernel, args, options))
 
-    original, separable.launch = separable.launch, record
+    original, shared.launch = shared.launch, record
     try:
         yield launches
     finally:
-        separable.launch = original
+        shared.launch = original
 
 
 @contextlib.contextmanager
@@ -206,6 +220,52 @@ def cascaded_group_launches(stage: Stage, dtype: torch.dtype, *, batch: int = 16
     return list(dict.fromkeys(found))
 
 
+def packed_launches(
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int = 16384,
+    heads: int = 8,
+    key_heads: int = 8,
+    norm: str | None = None,
+    gaps: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+) -> list[Launch]:
+    """The distinct launches of forward and backward of varlen_attention at one head dim, on slices of one projection.
+
+    Args:
+        dim: of the heads.
+        dtype: of q, k and v.
+        tokens: of all sequences; few have smaller tiles.
+        heads: of q.
+        key_heads: of k and v.
+        norm: ``qk_norm``, with all the weights it has.
+        gaps: with ``seqused_k``.
+        bias: with one that is trained.
+        dropout: with dropout.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = empty(tokens, heads + 2 * key_heads, dim, dtype=dtype).split([heads, key_heads, key_heads], dim=1)
+    sequences, longest = 128, 256
+    cu_seqlens = empty(sequences + 1, dtype=torch.int32)
+    used = empty(sequences, dtype=torch.int32) if gaps else None
+    work = empty(4 * tokens + 2 * triton.cdiv(tokens, packed_layout.TILE), dtype=torch.int32)
+    table = empty(heads, longest, longest) if bias else None
+    present = {None: (), "l2": (0, 2), "rms": (0, 2), "layer": (0, 1, 2, 3)}[norm]
+    weights = [empty((heads, heads, key_heads, key_heads)[i], dim) if i in present else None for i in range(4)]
+    options = NORMS[norm], 1e-6, dim**-0.5, 0.1 if dropout else 0.0, empty(dtype=torch.int64) if dropout else None
+    inputs: list[Any] = [cu_seqlens, cu_seqlens, used, work, table, *weights, *options]
+    needed: list[Any] = [True, True, True, bias, norm is not None]
+    with recorded() as found:
+        out, lse = packed.varlen_attention(q, k, v, *inputs)
+        packed.varlen_attention_backward(*[out, lse, q, k, v, out, lse, *inputs, *needed])
+    return list(dict.fromkeys(found))
+
+
 def compile_for(launch: Launch, target: str) -> Any:
     """Compile one launch for one of :data:`TARGETS`; no GPU needed."""
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
@@ -263,6 +323,10 @@ def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Bud
             table += budgets(functools.partial(separable_launches, dim, dtype), f"d{dim} {name}", progress=progress)
         for stage in STAGES:
             table += budgets(functools.partial(cascaded_group_launches, stage, dtype), f"{stage.name} {name}", progress=progress)
+    for dtype in (*DTYPES, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        for dim, (case, options) in itertools.product(HEAD_DIMS, PACKED_OPTIONS.items()):
+            table += budgets(functools.partial(packed_launches, dim, dtype, **options), f"head {dim} {case} {name}", progress=progress)
     return table
 
 

@@ -18,7 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.runtime.jit import JITFunction
 
 from vitkernels import aot
+from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
+from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.separable import triton as separable
 
 # What differs between launches of one width: tile sizes (batch), address arithmetic (layout), dropout's further inputs.
@@ -47,6 +49,9 @@ STAGES = (
     ("m5 stage 3", torch.bfloat16, {"channels_last": True, "bias": False}),
 )
 
+# NaViT's head dim with its norm; float32, which takes the most registers. `python -m vitkernels.aot` compiles all.
+PACKED = ((64, torch.bfloat16, "norm"), (64, torch.float32, "plain"))
+
 
 def _name(value: Any) -> str:
     return str(value).removeprefix("torch.") if not isinstance(value, dict) else " ".join(value) or "map"
@@ -69,6 +74,11 @@ def test_every_cascaded_group_kernel_fits_every_target(name: str, dtype: torch.d
     _assert_all_fit(aot.budgets(lambda: aot.cascaded_group_launches(_stage(name), dtype, **case), name))
 
 
+@pytest.mark.parametrize(("dim", "dtype", "options"), PACKED, ids=_name)
+def test_every_packed_kernel_fits_every_target(dim: int, dtype: torch.dtype, options: str) -> None:
+    _assert_all_fit(aot.budgets(lambda: aot.packed_launches(dim, dtype, **aot.PACKED_OPTIONS[options]), options))
+
+
 def _stage(name: str) -> aot.Stage:
     return next(stage for stage in aot.STAGES if stage.name == name)
 
@@ -76,10 +86,12 @@ def _stage(name: str) -> aot.Stage:
 @pytest.mark.parametrize(
     ("module", "launches", "count"),
     [
-        (separable, lambda: aot.separable_launches(64, torch.bfloat16), 11),
+        (separable, lambda: aot.separable_launches(64, torch.bfloat16), 10),
+        (shared, lambda: aot.separable_launches(64, torch.bfloat16), 1),
+        (packed, lambda: aot.packed_launches(32, torch.bfloat16, **aot.PACKED_OPTIONS["all"]), 5),
         (cascaded_group, lambda: aot.cascaded_group_launches(_stage("m0 stage 1"), torch.bfloat16), 8),
     ],
-    ids=["separable", "cascaded_group"],
+    ids=["separable", "shared", "packed", "cascaded_group"],
 )
 def test_every_kernel_is_compiled(module: ModuleType, launches: Callable[[], list[aot.Launch]], count: int) -> None:
     kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}

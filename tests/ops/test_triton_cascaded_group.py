@@ -18,7 +18,7 @@ from vitkernels.registry import Sample
 
 pytest.importorskip("triton")
 
-from vitkernels.ops.separable import triton as shared
+from vitkernels.ops import _triton as shared
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start of the process"),

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkernels.ops.separable import triton as shared
-from vitkernels.ops.separable.triton import LOG2E, Tile, _cast, _dot, _power, _relu, _wide
+from vitkernels.ops import _triton as shared
+from vitkernels.ops._triton import LOG2E, Tile, cast, dot, power, relu, wide
 
 # --- pieces of kernels -------------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def _place(i_t, o_n, height, width, columns, windows, WINDOW: tl.constexpr):
 @triton.jit
 def _load_map(pixel, o_c, m_pixel, m_c, stride_c, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
     """[pixels, channels] of a map, read along whichever of the two lies side by side in memory. ``pixel``: pointers to channel 0."""
-    o_c = _wide(o_c, WIDE)
+    o_c = wide(o_c, WIDE)
     if CHANNELS_LAST:
         return tl.load(pixel[:, None] + o_c[None, :] * stride_c, mask=m_pixel[:, None] & m_c[None, :], other=0.0)
     return tl.trans(tl.load(pixel[None, :] + o_c[:, None] * stride_c, mask=m_pixel[None, :] & m_c[:, None], other=0.0))
@@ -63,7 +63,7 @@ def _load_map(pixel, o_c, m_pixel, m_c, stride_c, CHANNELS_LAST: tl.constexpr, W
 @triton.jit
 def _store_map(pixel, o_c, value, m_pixel, m_c, stride_c, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
     """The opposite of :func:`_load_map`."""
-    o_c = _wide(o_c, WIDE)
+    o_c = wide(o_c, WIDE)
     if CHANNELS_LAST:
         tl.store(pixel[:, None] + o_c[None, :] * stride_c, value, mask=m_pixel[:, None] & m_c[None, :])
     else:
@@ -111,7 +111,7 @@ def _depthwise(source, stride, o_n, o_k, weight, side, SIGN: tl.constexpr, WINDO
 @triton.jit
 def _scores(b_q, b_k, table, o_m, o_n, scale, WINDOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """[queries, keys]: (q k^T * scale + bias) * log2(e), -inf for keys beyond the window. The bias is read from the head's table."""
-    b_s = _dot(b_q, tl.trans(b_k), tl.zeros([o_m.shape[0], o_n.shape[0]], dtype=tl.float32), PRECISION, INTERPRET)
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([o_m.shape[0], o_n.shape[0]], dtype=tl.float32), PRECISION, INTERPRET)
     o_dy = tl.abs((o_m // WINDOW)[:, None] - (o_n // WINDOW)[None, :])
     o_dx = tl.abs((o_m % WINDOW)[:, None] - (o_n % WINDOW)[None, :])
     m_n = (o_n < WINDOW * WINDOW)[None, :]
@@ -151,7 +151,7 @@ def _products(
     for d in range(0, WIDTH, BLOCK):
         o_d = d + tl.arange(0, BLOCK)
         b_b = _load_rows(b, o_n, o_d, stride_b, LENGTH, WIDTH)
-        b_out = _dot(_load_rows(a, o_m, o_d, stride_a, LENGTH, WIDTH), tl.trans(b_b), b_out, PRECISION, INTERPRET)
+        b_out = dot(_load_rows(a, o_m, o_d, stride_a, LENGTH, WIDTH), tl.trans(b_b), b_out, PRECISION, INTERPRET)
     return b_out
 
 
@@ -215,7 +215,7 @@ def cascaded_group_attention_fwd_kernel(
         for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
             o_n = t + tl.arange(0, BLOCK_T)
             i_b, o_y, o_x, m_pixel = _place(i_t, o_n, height, width, columns, windows, WINDOW)
-            x_pixel = x + i_b * stride_xb + _wide(o_y, WIDE) * stride_xh + _wide(o_x, WIDE) * stride_xw  # [BLOCK_T]
+            x_pixel = x + i_b * stride_xb + wide(o_y, WIDE) * stride_xh + wide(o_x, WIDE) * stride_xw  # [BLOCK_T]
             for r in range(0, R, BLOCK_R):
                 o_r = r + tl.arange(0, BLOCK_R)
                 m_r = o_r < R
@@ -227,14 +227,14 @@ def cascaded_group_attention_fwd_kernel(
                     if HEADS > 1:
                         o_last = o_n[:, None] * (HEADS * VALUE_DIM) + (i_h - 1) * VALUE_DIM + o_s[None, :]
                         b_last = tl.load(cat + o_last, mask=(o_n < N)[:, None] & m_s[None, :] & (i_h > 0), other=0.0)
-                        b_f = _cast(b_f.to(tl.float32) + b_last.to(tl.float32), dtype, INTERPRET)
+                        b_f = cast(b_f.to(tl.float32) + b_last.to(tl.float32), dtype, INTERPRET)
                     o_w = i_h * stride_wh + o_s[:, None] * stride_ws + o_r[None, :] * stride_wr
                     b_w = tl.load(qkv_weight + o_w, mask=m_s[:, None] & m_r[None, :], other=0.0)  # [BLOCK_S, BLOCK_R]
-                    b_qkv = _dot(b_f, b_w, b_qkv, PRECISION, INTERPRET)
+                    b_qkv = dot(b_f, b_w, b_qkv, PRECISION, INTERPRET)
                 if qkv_bias is not None:
                     b_qkv += tl.load(qkv_bias + i_h * R + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
                 o_out = (o_n * SLOTS + i_h % SLOTS)[:, None] * R + o_r[None, :]
-                tl.store(qkv + o_out, _cast(b_qkv, dtype, INTERPRET), mask=(o_n < N)[:, None] & m_r[None, :])
+                tl.store(qkv + o_out, cast(b_qkv, dtype, INTERPRET), mask=(o_n < N)[:, None] & m_r[None, :])
         tl.debug_barrier()
 
         qkv_head = qkv + (i_h % SLOTS) * R
@@ -245,7 +245,7 @@ def cascaded_group_attention_fwd_kernel(
             b_q = _depthwise(qkv_head, SLOTS * R, o_m, o_k, dw_weight + start, side, 1, WINDOW, KEY_DIM)  # [BLOCK_T, BLOCK_K]
             if dw_bias is not None:
                 b_q += tl.load(dw_bias + i_h * KEY_DIM + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            b_q = _cast(b_q, dtype, INTERPRET)
+            b_q = cast(b_q, dtype, INTERPRET)
             if conv_q is not None:
                 q_out = conv_q + (row * HEADS + i_h) * KEY_DIM
                 tl.store(q_out + o_m[:, None] * (HEADS * KEY_DIM) + o_k[None, :], b_q, mask=m_m[:, None] & m_k[None, :])
@@ -263,9 +263,9 @@ def cascaded_group_attention_fwd_kernel(
                     b_p = tl.exp2(b_s - b_new[:, None])
                     b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
                     b_v = _load_rows(qkv_head + 2 * KEY_DIM, o_n, o_d, SLOTS * R, N, VALUE_DIM)  # [BLOCK_T, BLOCK_D]
-                    b_out = _dot(_cast(b_p, dtype, INTERPRET), b_v, b_out * b_rescale[:, None], PRECISION, INTERPRET)
+                    b_out = dot(cast(b_p, dtype, INTERPRET), b_v, b_out * b_rescale[:, None], PRECISION, INTERPRET)
                     b_max = b_new
-                b_out = _cast(b_out / b_sum[:, None], dtype, INTERPRET)
+                b_out = cast(b_out / b_sum[:, None], dtype, INTERPRET)
                 o_out = o_m[:, None] * (HEADS * VALUE_DIM) + i_h * VALUE_DIM + o_d[None, :]
                 tl.store(cat + o_out, b_out, mask=m_m[:, None] & (o_d < VALUE_DIM)[None, :])
                 if stats is not None:
@@ -321,15 +321,15 @@ def cascaded_group_attention_fwd_project_kernel(
         o_e = e + tl.arange(0, BLOCK_I)
         m_e = o_e < E
         b_cat = tl.load(cat + o_row[:, None] * E + o_e[None, :], mask=m_p[:, None] & m_e[None, :], other=0.0)  # [BLOCK_T, BLOCK_I]
-        b_cat = _cast(_relu(b_cat.to(tl.float32)), dtype, INTERPRET)
+        b_cat = cast(relu(b_cat.to(tl.float32)), dtype, INTERPRET)
         b_w = tl.load(
             proj_weight + o_o[None, :] * stride_wo + o_e[:, None] * stride_wi, mask=m_o[None, :] & m_e[:, None], other=0.0
         )  # [BLOCK_I, BLOCK_O]
-        b_y = _dot(b_cat, b_w, b_y, PRECISION, INTERPRET)
+        b_y = dot(b_cat, b_w, b_y, PRECISION, INTERPRET)
     if proj_bias is not None:
         b_y += tl.load(proj_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    y_pixel = y + o_b.to(tl.int64) * stride_yb + _wide(o_y, WIDE) * stride_yh + _wide(o_x, WIDE) * stride_yw
-    _store_map(y_pixel, o_o, _cast(b_y, dtype, INTERPRET), m_p, m_o, stride_yc, CHANNELS_LAST, WIDE)
+    y_pixel = y + o_b.to(tl.int64) * stride_yb + wide(o_y, WIDE) * stride_yh + wide(o_x, WIDE) * stride_yw
+    _store_map(y_pixel, o_o, cast(b_y, dtype, INTERPRET), m_p, m_o, stride_yc, CHANNELS_LAST, WIDE)
 
 
 # --- backward ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def cascaded_group_attention_bwd_project_kernel(
     o_row, o_t, o_n = _split_index(tl.program_id(0) // tl.cdiv(E, BLOCK_I), WINDOW * WINDOW, BLOCK_T)
     m_row = o_row < rows
     o_b, o_y, o_x, m_pixel = _place(o_t, o_n, height, width, columns, windows, WINDOW)
-    g_pixel = grad_y + o_b * stride_gb + _wide(o_y, WIDE) * stride_gh + _wide(o_x, WIDE) * stride_gw
+    g_pixel = grad_y + o_b * stride_gb + wide(o_y, WIDE) * stride_gh + wide(o_x, WIDE) * stride_gw
     o_e = i_e * BLOCK_I + tl.arange(0, BLOCK_I)
     m_e = o_e < E
 
@@ -380,11 +380,11 @@ def cascaded_group_attention_bwd_project_kernel(
         b_w = tl.load(
             proj_weight + o_c[:, None] * stride_wo + o_e[None, :] * stride_wi, mask=m_c[:, None] & m_e[None, :], other=0.0
         )  # [BLOCK_O, BLOCK_I]
-        b_grad = _dot(b_g, b_w, b_grad, PRECISION, INTERPRET)
+        b_grad = dot(b_g, b_w, b_grad, PRECISION, INTERPRET)
     o_out = o_row[:, None] * E + o_e[None, :]
     m_out = m_row[:, None] & m_e[None, :]
     b_cat = tl.load(cat + o_out, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(grad_cat + o_out, _cast(tl.where(b_cat <= 0, 0.0, b_grad), grad_cat.dtype.element_ty, INTERPRET), mask=m_out)
+    tl.store(grad_cat + o_out, cast(tl.where(b_cat <= 0, 0.0, b_grad), grad_cat.dtype.element_ty, INTERPRET), mask=m_out)
 
 
 @triton.jit
@@ -485,9 +485,9 @@ def cascaded_group_attention_bwd_kernel(
                         b_q = _load_rows(q_head, o_m, o_k, HEADS * KEY_DIM, N, KEY_DIM)
                         b_p = _softmax(b_q, b_k, table, stats_head, HEADS * 2, o_m, o_n, scale, WINDOW, PRECISION, INTERPRET)
                         b_g = _load_rows(g_head, o_m, o_d, E, N, VALUE_DIM)
-                        b_dv = _dot(tl.trans(_cast(b_p, dtype, INTERPRET)), b_g, b_dv, PRECISION, INTERPRET)
+                        b_dv = dot(tl.trans(cast(b_p, dtype, INTERPRET)), b_g, b_dv, PRECISION, INTERPRET)
                     o_out = o_n[:, None] * (HEADS * R) + 2 * KEY_DIM + o_d[None, :]
-                    tl.store(grad_head + o_out, _cast(b_dv, dtype, INTERPRET), mask=(o_n < N)[:, None] & (o_d < VALUE_DIM)[None, :])
+                    tl.store(grad_head + o_out, cast(b_dv, dtype, INTERPRET), mask=(o_n < N)[:, None] & (o_d < VALUE_DIM)[None, :])
 
                 b_dk = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
                 for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
@@ -503,22 +503,22 @@ def cascaded_group_attention_bwd_kernel(
                         m_part = (o_m < N)[:, None] & (o_n < N)[None, :]
                         b_part = tl.load(part_head + o_part, mask=m_part & (turn > 0), other=0.0)
                         tl.store(part_head + o_part, b_part + b_ds, mask=m_part)
-                    b_ds = _cast(b_ds, dtype, INTERPRET)
-                    b_dk = _dot(tl.trans(b_ds), b_q, b_dk, PRECISION, INTERPRET)
+                    b_ds = cast(b_ds, dtype, INTERPRET)
+                    b_dk = dot(tl.trans(b_ds), b_q, b_dk, PRECISION, INTERPRET)
                     o_q = o_m[:, None] * (HEADS * KEY_DIM) + o_k[None, :]
                     m_q = (o_m < N)[:, None] & m_k[None, :]
                     b_dq = tl.load(grad_q_head + o_q, mask=m_q & (n > 0), other=0.0)
-                    b_dq += scale * _dot(b_ds, b_k, tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32), PRECISION, INTERPRET)
+                    b_dq += scale * dot(b_ds, b_k, tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32), PRECISION, INTERPRET)
                     tl.store(grad_q_head + o_q, b_dq, mask=m_q)
                 o_out = o_n[:, None] * (HEADS * R) + KEY_DIM + o_k[None, :]
-                tl.store(grad_head + o_out, _cast(scale * b_dk, dtype, INTERPRET), mask=(o_n < N)[:, None] & m_k[None, :])
+                tl.store(grad_head + o_out, cast(scale * b_dk, dtype, INTERPRET), mask=(o_n < N)[:, None] & m_k[None, :])
                 tl.debug_barrier()
 
             side, start = _filter_of(i_h, KERNELS, HEADS, KEY_DIM)
             for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
                 o_m = t + tl.arange(0, BLOCK_T)
                 b_dq = _depthwise(grad_q_head, HEADS * KEY_DIM, o_m, o_k, dw_weight + start, side, -1, WINDOW, KEY_DIM)
-                tl.store(grad_head + o_m[:, None] * (HEADS * R) + o_k[None, :], _cast(b_dq, dtype, INTERPRET), mask=(o_m < N)[:, None] & m_k[None, :])
+                tl.store(grad_head + o_m[:, None] * (HEADS * R) + o_k[None, :], cast(b_dq, dtype, INTERPRET), mask=(o_m < N)[:, None] & m_k[None, :])
             tl.debug_barrier()
 
             for t in tl.range(0, tokens, BLOCK_T, disable_licm=True):
@@ -533,15 +533,15 @@ def cascaded_group_attention_bwd_kernel(
                         b_g = _load_rows(grad_head, o_n, o_r, HEADS * R, N, R)  # [BLOCK_T, BLOCK_R]
                         o_w = i_h * stride_wh + o_r[:, None] * stride_wr + o_s[None, :] * stride_ws
                         b_w = tl.load(qkv_weight + o_w, mask=(o_r < R)[:, None] & m_s[None, :], other=0.0)  # [BLOCK_R, BLOCK_S]
-                        b_df = _dot(b_g, b_w, b_df, PRECISION, INTERPRET)
+                        b_df = dot(b_g, b_w, b_df, PRECISION, INTERPRET)
                     if grad_x is not None:
-                        x_pixel = grad_x + i_b * stride_xb + _wide(o_y, WIDE) * stride_xh + _wide(o_x, WIDE) * stride_xw
-                        _store_map(x_pixel, i_h * SPLIT + o_s, _cast(b_df, dtype, INTERPRET), m_pixel, m_s, stride_xc, CHANNELS_LAST, WIDE)
+                        x_pixel = grad_x + i_b * stride_xb + wide(o_y, WIDE) * stride_xh + wide(o_x, WIDE) * stride_xw
+                        _store_map(x_pixel, i_h * SPLIT + o_s, cast(b_df, dtype, INTERPRET), m_pixel, m_s, stride_xc, CHANNELS_LAST, WIDE)
                     if HEADS > 1:
                         g_last = g_head - VALUE_DIM + o_n[:, None] * E + o_s[None, :]
                         m_last = (o_n < N)[:, None] & m_s[None, :] & (i_h > 0)
                         b_df += tl.load(g_last, mask=m_last, other=0.0).to(tl.float32)
-                        tl.store(g_last, _cast(b_df, dtype, INTERPRET), mask=m_last)
+                        tl.store(g_last, cast(b_df, dtype, INTERPRET), mask=m_last)
             tl.debug_barrier()
 
 
@@ -593,15 +593,15 @@ def cascaded_group_attention_bwd_qkv_weight_kernel(
         o_row, o_t, o_n = _split_index(i_s * split_tiles + step, WINDOW * WINDOW, BLOCK_T)
         m_row = o_row < rows
         o_b, o_y, o_x, m_pixel = _place(o_t, o_n, height, width, columns, windows, WINDOW)
-        x_pixel = x + o_b * stride_xb + _wide(o_y, WIDE) * stride_xh + _wide(o_x, WIDE) * stride_xw
+        x_pixel = x + o_b * stride_xb + wide(o_y, WIDE) * stride_xh + wide(o_x, WIDE) * stride_xw
         b_f = _load_map(x_pixel, i_h * SPLIT + o_i, m_pixel & m_row, m_i, stride_xc, CHANNELS_LAST, WIDE)  # [BLOCK_T, BLOCK_I]
         if HEADS > 1:
             o_last = o_row[:, None] * (HEADS * VALUE_DIM) + (i_h - 1) * VALUE_DIM + o_i[None, :]
             b_last = tl.load(cat + o_last, mask=m_row[:, None] & m_i[None, :] & (i_h > 0), other=0.0)
-            b_f = _cast(b_f.to(tl.float32) + b_last.to(tl.float32), cat.dtype.element_ty, INTERPRET)
+            b_f = cast(b_f.to(tl.float32) + b_last.to(tl.float32), cat.dtype.element_ty, INTERPRET)
         o_g = (o_row * HEADS + i_h)[:, None] * R + o_o[None, :]
         b_g = tl.load(grad_qkv + o_g, mask=m_row[:, None] & m_o[None, :], other=0.0)  # [BLOCK_T, BLOCK_O]
-        b_weight = _dot(tl.trans(b_g), b_f, b_weight, PRECISION, INTERPRET)
+        b_weight = dot(tl.trans(b_g), b_f, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=0)
     o_part = (i_s.to(tl.int64) * HEADS + i_h) * R + o_o
     tl.store(part_weight + o_part[:, None] * SPLIT + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
@@ -652,11 +652,11 @@ def cascaded_group_attention_bwd_proj_weight_kernel(
         o_row, o_t, o_n = _split_index(i_s * split_tiles + step, WINDOW * WINDOW, BLOCK_T)
         m_row = o_row < rows
         o_b, o_y, o_x, m_pixel = _place(o_t, o_n, height, width, columns, windows, WINDOW)
-        g_pixel = grad_y + o_b * stride_gb + _wide(o_y, WIDE) * stride_gh + _wide(o_x, WIDE) * stride_gw
+        g_pixel = grad_y + o_b * stride_gb + wide(o_y, WIDE) * stride_gh + wide(o_x, WIDE) * stride_gw
         b_g = _load_map(g_pixel, o_o, m_pixel & m_row, m_o, stride_gc, CHANNELS_LAST, WIDE)  # [BLOCK_T, BLOCK_O]
         b_cat = tl.load(cat + o_row[:, None] * E + o_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [BLOCK_T, BLOCK_I]
-        b_cat = _cast(_relu(b_cat.to(tl.float32)), cat.dtype.element_ty, INTERPRET)
-        b_weight = _dot(tl.trans(b_g), b_cat, b_weight, PRECISION, INTERPRET)
+        b_cat = cast(relu(b_cat.to(tl.float32)), cat.dtype.element_ty, INTERPRET)
+        b_weight = dot(tl.trans(b_g), b_cat, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=0)
     o_part = i_s.to(tl.int64) * channels + o_o
     tl.store(part_weight + o_part[:, None] * E + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
@@ -737,7 +737,7 @@ def cascaded_group_attention_bwd_table_kernel(
             m_pair = (o_e < N)[:, None] & (o_n < N)[None, :] & (o_y >= 0) & (o_y < WINDOW) & (o_x >= 0) & (o_x < WINDOW)
             m_pair = m_pair & ((sign < 2) | (dy > 0)) & ((sign % 2 == 0) | (dx > 0))
             b_sum += tl.load(grad_scores + i_h * (N * N) + (o_y * WINDOW + o_x) * N + o_n[None, :], mask=m_pair, other=0.0)
-    tl.store(grad_table + i_h * N + o_e, _cast(tl.sum(b_sum, axis=1), grad_table.dtype.element_ty, INTERPRET), mask=o_e < N)
+    tl.store(grad_table + i_h * N + o_e, cast(tl.sum(b_sum, axis=1), grad_table.dtype.element_ty, INTERPRET), mask=o_e < N)
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------------------------
@@ -759,13 +759,13 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
     exact = dtype is torch.float32
     edge = 32 if backward else _edge(dtype)
     depth = 16 if exact else edge
-    block_t = _power(window * window, 16, 16 if backward and exact and value_dim <= 32 else edge)
+    block_t = power(window * window, 16, 16 if backward and exact and value_dim <= 32 else edge)
     blocks = {
         "BLOCK_T": block_t,
-        "BLOCK_R": _power(2 * key_dim + value_dim, 16, depth),
-        "BLOCK_S": _power(split, 16, depth),
+        "BLOCK_R": power(2 * key_dim + value_dim, 16, depth),
+        "BLOCK_S": power(split, 16, depth),
         "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
-        "BLOCK_D": _power(value_dim, 16, edge),
+        "BLOCK_D": power(value_dim, 16, edge),
     }
     small = exact and window * window <= 16
     forward_warps = 8 if block_t > 16 and torch.version.hip is None else 4
@@ -776,7 +776,7 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
 def gemm_tile(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tile:
     """Projection and weight gradients: plain GEMMs with ``outputs`` and ``inputs`` channels."""
     edge = _edge(dtype)
-    return Tile({"BLOCK_O": _power(outputs, 16, edge), "BLOCK_I": _power(inputs, 16, edge), "BLOCK_T": _power(rows, 16, edge)}, 4, registers=255)
+    return Tile({"BLOCK_O": power(outputs, 16, edge), "BLOCK_I": power(inputs, 16, edge), "BLOCK_T": power(rows, 16, edge)}, 4, registers=255)
 
 
 # --- launches ----------------------------------------------------------------------------------------------------------------------
@@ -815,8 +815,8 @@ class _Call(NamedTuple):
             window,
             triton.cdiv(height, window),
             triton.cdiv(width, window),
-            shared._reaches_64_bit(*maps),
-            shared._processors(maps[0].device),
+            shared.reaches_64_bit(*maps),
+            shared.processors(maps[0].device),
         )
 
     @property
@@ -863,7 +863,7 @@ class _Call(NamedTuple):
             "CHANNELS_LAST": map_.stride(1) == 1 and self.shape[1] > 1,
             "WIDE": self.wide,
             "PRECISION": "ieee",
-            "INTERPRET": shared._INTERPRET,
+            "INTERPRET": shared.INTERPRET,
         }
 
 
@@ -935,7 +935,7 @@ def cascaded_group_attention(
     qkv_weight, proj_weight = _near(qkv_weight), _near(proj_weight)
     c = _Call.of(qkv_weight, kernel_sizes, key_dim, scale, window, x, y)
     batch, channels, height, width = c.shape
-    with shared._on(x):
+    with shared.on(x):
         cat = _cascade(c, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attention_bias, keep=False).cat
         pixels = batch * height * width
         tile = gemm_tile(channels, cat.shape[1], pixels, x.dtype)
@@ -958,7 +958,7 @@ def _weight_gradients(
     tile = gemm_tile(outputs, columns, c.rows, map_.dtype)
     tiles = triton.cdiv(c.rows, tile.blocks["BLOCK_T"])
     blocks = groups * triton.cdiv(outputs, tile.blocks["BLOCK_O"]) * triton.cdiv(columns, tile.blocks["BLOCK_I"])
-    splits, split_tiles = shared._splits(blocks, tiles, 2 * c.wanted, least=4)
+    splits, split_tiles = shared.splits(blocks, tiles, 2 * c.wanted, least=4)
     part_weight = map_.new_empty((splits, groups * outputs * columns), dtype=torch.float32)
     part_bias = map_.new_empty((splits, groups * outputs), dtype=torch.float32)
     shared.launch(
@@ -1010,7 +1010,7 @@ def cascaded_group_attention_backward(
     c = _Call.of(qkv_weight, kernel_sizes, key_dim, scale, window, x, grad_y, *((grad_x,) if need_x else ()))
     channels, embed = c.shape[1], heads * c.value_dim
 
-    with shared._on(x):
+    with shared.on(x):
         kept = _cascade(c, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attention_bias, keep=True)
         grad_cat = torch.empty_like(kept.cat)
         tile = gemm_tile(channels, embed, c.rows, x.dtype)
@@ -1049,16 +1049,16 @@ def cascaded_group_attention_backward(
             return grads
 
         _, grad_qkv_weight, grad_qkv_bias, grad_dw_weight, grad_dw_bias, grad_table, grad_proj_weight, grad_proj_bias = grads
-        grad_scores = part_scores[0] if programs == 1 else shared._reduce(part_scores, torch.empty_like(part_scores[0]))
-        block_e = _power(c.tokens, 1, 16)
+        grad_scores = part_scores[0] if programs == 1 else shared.sum_parts(part_scores, torch.empty_like(part_scores[0]))
+        block_e = power(c.tokens, 1, 16)
         shared.launch(
             cascaded_group_attention_bwd_table_kernel,
             heads * triton.cdiv(c.tokens, block_e),
             *(grad_scores, grad_table),
             WINDOW=window,
             BLOCK_E=block_e,
-            BLOCK_N=_power(c.tokens, 16, 64),
-            INTERPRET=shared._INTERPRET,
+            BLOCK_N=power(c.tokens, 16, 64),
+            INTERPRET=shared.INTERPRET,
             num_warps=4,
         )
         part_weight, part_bias = _weight_gradients(
@@ -1072,25 +1072,25 @@ def cascaded_group_attention_backward(
             SPLIT=c.split,
             R=c.qkv_rows,
         )
-        shared._reduce(part_weight, grad_qkv_weight)
-        shared._reduce(part_bias, grad_qkv_bias)
+        shared.sum_parts(part_weight, grad_qkv_weight)
+        shared.sum_parts(part_bias, grad_qkv_bias)
         part_weight, part_bias = _weight_gradients(
             cascaded_group_attention_bwd_proj_weight_kernel, c, grad_y, (grad_y, kept.cat), (1, channels, embed), channels=channels, E=embed
         )
-        shared._reduce(part_weight, grad_proj_weight)
-        shared._reduce(part_bias, grad_proj_bias)
+        shared.sum_parts(part_weight, grad_proj_weight)
+        shared.sum_parts(part_bias, grad_proj_bias)
         part_weight, part_bias = _depthwise_gradients(c, grad_conv_q, kept.qkv, dw_weight.numel())
-        shared._reduce(part_weight, grad_dw_weight)
-        shared._reduce(part_bias, grad_dw_bias)
+        shared.sum_parts(part_weight, grad_dw_weight)
+        shared.sum_parts(part_bias, grad_dw_bias)
     return grads
 
 
 def _depthwise_gradients(c: _Call, grad_conv_q: Tensor, qkv: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(weight, bias) gradients in parts, [splits, length] and [splits, heads * key_dim]."""
-    block_t = _power(c.rows, 16, 128)
+    block_t = power(c.rows, 16, 128)
     taps = max(c.kernels) ** 2
     tiles = triton.cdiv(c.rows, block_t)
-    splits, split_tiles = shared._splits(taps * c.heads, tiles, 4 * c.wanted, least=4)
+    splits, split_tiles = shared.splits(taps * c.heads, tiles, 4 * c.wanted, least=4)
     part_weight = grad_conv_q.new_empty((splits, length))
     part_bias = grad_conv_q.new_empty((splits, c.heads * c.key_dim))
     shared.launch(

@@ -270,7 +270,9 @@ def _long_first(ranges: Tensor) -> Tensor:
 
 def _can_read(tensor: Tensor) -> bool:
     """Whether the host may look at the values now."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

@@ -183,11 +183,10 @@ def _run(op: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, o: _Opt
         _check.probability(op, "dropout_p", o.dropout_p)
     if o.qk_norm not in NORMS:
         raise ValueError(f"{op}: qk_norm is {o.qk_norm!r}; it must be one of {', '.join(map(repr, NORMS))}")
-    accumulation = reference.accumulation_dtype(q)
     weights = o.norm_weights
     if o.qk_norm is not None or any(w is not None for w in weights):
         weights = _norm_weights(op, q, k, o)
-    bias = None if o.bias is None else _checked_bias(op, o.bias, q, layout).to(accumulation)
+    bias = None if o.bias is None else _checked_bias(op, o.bias, q, layout)
     scale = q.shape[2] ** -0.5 if o.scale is None else float(o.scale)
     eps = _NORM_EPS[o.qk_norm] if o.norm_eps is None else float(o.norm_eps)
     seed = torch.randint(2**62, (), device=q.device) if o.dropout_p > 0 else None
@@ -319,7 +318,7 @@ def _checked_bias(op: str, bias: Tensor, q: Tensor, layout: PackedLayout) -> Ten
         )
     if bias.device != q.device:
         raise ValueError(f"{op}: bias is on {bias.device}; it must be on {q.device}, the device of q")
-    return bias.expand(heads, -1, -1)
+    return bias.to(reference.accumulation_dtype(q)).expand(heads, -1, -1)
 
 
 # --- vitkernels::varlen_attention -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ Notation of the folder's README.md: s the softmax, s' = s * score_scale, c the c
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -22,21 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-# The interpreter's tl.dot is wrong on bf16 operands and its conversions to bf16 truncate; a GPU has neither fault, and the flag is off there.
-_INTERPRET = bool(triton.knobs.runtime.interpret)
-
+from vitkernels.ops import _triton as shared
+from vitkernels.ops._triton import LOG2E, Tile, cast, dot, power, relu, wide
 
 # --- pieces of kernels -------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _wide(index, WIDE: tl.constexpr):
-    """An index in 64 bit where offsets inside one image can pass 2**31."""
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
 
 
 @triton.jit
@@ -57,34 +44,10 @@ def _group(o_t, width, patch_h, patch_w):
 @triton.jit
 def _offset(o_t, width, stride_h, stride_w, FLAT: tl.constexpr, WIDE: tl.constexpr):
     """Where pixel ``o_t`` lies in one channel of one image. FLAT: rows follow each other, so that one stride says it."""
-    o_t = _wide(o_t, WIDE)
+    o_t = wide(o_t, WIDE)
     if FLAT:
         return o_t * stride_w
     return (o_t // width) * stride_h + (o_t % width) * stride_w
-
-
-@triton.jit
-def _cast(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """``value.to(dtype)``, to nearest even also where the interpreter would truncate."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    return value.to(dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _relu(value):
-    """Relu that keeps NaN, as PyTorch's does."""
-    return tl.where(value <= 0, 0.0, value)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +95,7 @@ def separable_self_attention_fwd_pool_kernel(
     bias_q = 0.0
     if qkv_bias is not None:
         bias_q = tl.load(qkv_bias).to(tl.float32)
-    x_channel = x + i_b * stride_b + _wide(o_d, WIDE) * stride_c  # [BLOCK_D]
+    x_channel = x + i_b * stride_b + wide(o_d, WIDE) * stride_c  # [BLOCK_D]
 
     running_max = float("-inf")
     running_sum = 0.0
@@ -303,20 +266,20 @@ def separable_self_attention_fwd_kernel(
         for k in range(0, D, BLOCK_K):
             o_k = k + tl.arange(0, BLOCK_K)
             m_k = o_k < D
-            b_x = tl.load(x_pixel[:, None] + _wide(o_k, WIDE)[None, :] * stride_xc, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
+            b_x = tl.load(x_pixel[:, None] + wide(o_k, WIDE)[None, :] * stride_xc, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
             b_wv = tl.load(v_weight + o_e[None, :] * D + o_k[:, None], mask=m_e[None, :] & m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_E]
-            b_v = _dot(b_x, b_wv, b_v, PRECISION, INTERPRET)
+            b_v = dot(b_x, b_wv, b_v, PRECISION, INTERPRET)
         if qkv_bias is not None:
             b_v += tl.load(qkv_bias + 1 + D + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
         b_c = tl.load(context_row[:, None] + o_e[None, :], mask=m_t[:, None] & m_e[None, :], other=0.0)  # [BLOCK_T, BLOCK_E]
-        b_u = _cast(_relu(b_v) * b_c, dtype, INTERPRET)
+        b_u = cast(relu(b_v) * b_c, dtype, INTERPRET)
         b_wo = tl.load(out_weight + o_o[None, :] * D + o_e[:, None], mask=m_o[None, :] & m_e[:, None], other=0.0)  # [BLOCK_E, BLOCK_O]
-        b_y = _dot(b_u, b_wo, b_y, PRECISION, INTERPRET)
+        b_y = dot(b_u, b_wo, b_y, PRECISION, INTERPRET)
     if out_bias is not None:
         b_y += tl.load(out_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     y_pixel = y + i_b * stride_yb + _offset(o_t, width, stride_yh, stride_yw, FLAT_Y, WIDE)
-    y_at = y_pixel[:, None] + _wide(o_o, WIDE)[None, :] * stride_yc
-    tl.store(y_at, _cast(b_y, dtype, INTERPRET), mask=m_t[:, None] & m_o[None, :])
+    y_at = y_pixel[:, None] + wide(o_o, WIDE)[None, :] * stride_yc
+    tl.store(y_at, cast(b_y, dtype, INTERPRET), mask=m_t[:, None] & m_o[None, :])
 
 
 # --- backward ----------------------------------------------------------------------------------------------------------------------
@@ -382,26 +345,26 @@ def separable_self_attention_bwd_value_kernel(
         m_k = o_k < D
         m_nk = m_n[:, None] & m_k[None, :]
         m_ke = m_k[:, None] & m_e[None, :]
-        b_x = tl.load(x_pixel[:, None] + _wide(o_k, WIDE)[None, :] * stride_xc, mask=m_nk, other=0.0)  # [BLOCK_N, BLOCK_K]
+        b_x = tl.load(x_pixel[:, None] + wide(o_k, WIDE)[None, :] * stride_xc, mask=m_nk, other=0.0)  # [BLOCK_N, BLOCK_K]
         b_wv = tl.load(v_weight + o_e[None, :] * D + o_k[:, None], mask=m_ke, other=0.0)  # [BLOCK_K, BLOCK_E]
-        b_v = _dot(b_x, b_wv, b_v, PRECISION, INTERPRET)
+        b_v = dot(b_x, b_wv, b_v, PRECISION, INTERPRET)
         if grad_v is not None:
-            b_g = tl.load(g_pixel[:, None] + _wide(o_k, WIDE)[None, :] * stride_gc, mask=m_nk, other=0.0)  # [BLOCK_N, BLOCK_K]
+            b_g = tl.load(g_pixel[:, None] + wide(o_k, WIDE)[None, :] * stride_gc, mask=m_nk, other=0.0)  # [BLOCK_N, BLOCK_K]
             b_wo = tl.load(out_weight + o_k[:, None] * D + o_e[None, :], mask=m_ke, other=0.0)  # [BLOCK_K, BLOCK_E]
-            b_du = _dot(b_g, b_wo, b_du, PRECISION, INTERPRET)
+            b_du = dot(b_g, b_wo, b_du, PRECISION, INTERPRET)
     if qkv_bias is not None:
         b_v += tl.load(qkv_bias + 1 + D + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
-    b_relu = _relu(b_v)
+    b_relu = relu(b_v)
     b_c = tl.load(context + (i_b * groups + i_p) * D + o_e, mask=m_e, other=0.0)  # [BLOCK_E]
     o_out = (i_b * tokens + o_t)[:, None] * D + o_e[None, :]
     m_out = m_n[:, None] & m_e[None, :]
     if u is not None:
-        tl.store(u + o_out, _cast(b_relu * b_c[None, :], u.dtype.element_ty, INTERPRET), mask=m_out)
+        tl.store(u + o_out, cast(b_relu * b_c[None, :], u.dtype.element_ty, INTERPRET), mask=m_out)
     if grad_v is not None:
         b_dc = tl.sum(b_du * b_relu, axis=0)  # [BLOCK_E]
         tl.store(part_context + ((i_n * batch + i_b) * groups + i_p) * D + o_e, b_dc, mask=m_e)
         b_dv = tl.where(b_v > 0, b_du * b_c[None, :], 0.0)
-        tl.store(grad_v + o_out, _cast(b_dv, grad_v.dtype.element_ty, INTERPRET), mask=m_out)
+        tl.store(grad_v + o_out, cast(b_dv, grad_v.dtype.element_ty, INTERPRET), mask=m_out)
 
 
 @triton.jit
@@ -463,7 +426,7 @@ def separable_self_attention_bwd_query_kernel(
             mean_ds += tl.sum(b_dc * tl.load(k_bias + o_d, mask=m_d, other=0.0).to(tl.float32), axis=0)
     group_max = tl.load(stats + 2 * i_g)
     group_sum = tl.load(stats + 2 * i_g + 1)
-    x_channel = x + i_b * stride_b + _wide(o_d, WIDE) * stride_c  # [BLOCK_D]
+    x_channel = x + i_b * stride_b + wide(o_d, WIDE) * stride_c  # [BLOCK_D]
 
     b_weight = tl.zeros([BLOCK_D, BLOCK_N], dtype=tl.float32)
     start = i_s * split_length
@@ -533,7 +496,7 @@ def separable_self_attention_bwd_input_kernel(
         m_k = o_k < D
         b_dv = tl.load(grad_v + o_row[:, None] * D + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BLOCK_T, BLOCK_K]
         b_wv = tl.load(v_weight + o_k[:, None] * D + o_o[None, :], mask=m_k[:, None] & m_o[None, :], other=0.0)  # [BLOCK_K, BLOCK_O]
-        b_dx = _dot(b_dv, b_wv, b_dx, PRECISION, INTERPRET)
+        b_dx = dot(b_dv, b_wv, b_dx, PRECISION, INTERPRET)
     b_max = tl.load(stats + 2 * o_g, mask=m_t, other=0.0)
     b_s = tl.exp2(tl.load(logits + o_row, mask=m_t, other=0.0) * LOG2E - b_max)  # [BLOCK_T]
     b_s /= tl.load(stats + 2 * o_g + 1, mask=m_t, other=1.0)
@@ -544,8 +507,8 @@ def separable_self_attention_bwd_input_kernel(
     b_wq = tl.load(qkv_weight + o_o, mask=m_o, other=0.0).to(tl.float32)
     b_dx += tl.load(grad_logits + o_row, mask=m_t, other=0.0)[:, None] * b_wq[None, :]
     x_pixel = grad_x + i_b * stride_b + _offset(o_t, width, stride_h, stride_w, FLAT, WIDE)
-    x_at = x_pixel[:, None] + _wide(o_o, WIDE)[None, :] * stride_c
-    tl.store(x_at, _cast(b_dx, grad_x.dtype.element_ty, INTERPRET), mask=m_out)
+    x_at = x_pixel[:, None] + wide(o_o, WIDE)[None, :] * stride_c
+    tl.store(x_at, cast(b_dx, grad_x.dtype.element_ty, INTERPRET), mask=m_out)
 
 
 @triton.jit
@@ -586,8 +549,8 @@ def separable_self_attention_bwd_weight_kernel(
     o_i = i_i * BLOCK_I + tl.arange(0, BLOCK_I)
     m_o = o_o < D
     m_i = o_i < D
-    g_channel = grad_out + _wide(o_o, WIDE) * stride_gc
-    x_channel = inputs + _wide(o_i, WIDE) * stride_xc
+    g_channel = grad_out + wide(o_o, WIDE) * stride_gc
+    x_channel = inputs + wide(o_i, WIDE) * stride_xc
     per_image = tl.cdiv(tokens, BLOCK_T)
 
     b_weight = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
@@ -600,31 +563,11 @@ def separable_self_attention_bwd_weight_kernel(
         o_x = i_b * stride_xb + _offset(o_t, width, stride_xh, stride_xw, FLAT_X, WIDE)
         b_g = tl.load(g_channel[:, None] + o_g[None, :], mask=m_o[:, None] & m_t[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         b_x = tl.load(x_channel[None, :] + o_x[:, None], mask=m_i[None, :] & m_t[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        b_weight = _dot(b_g, b_x, b_weight, PRECISION, INTERPRET)
+        b_weight = dot(b_g, b_x, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=1)
     o_part = i_s.to(tl.int64) * D + o_o
     tl.store(part_weight + o_part[:, None] * D + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
     tl.store(part_bias + o_part, b_bias, mask=m_o & (i_i == 0))
-
-
-@triton.jit
-def separable_self_attention_bwd_reduce_kernel(
-    parts,  # [rows, columns] fp32
-    out,  # [columns], written
-    rows,
-    columns,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Sum of partial results in a fixed order, in the dtype of ``out``."""
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < columns
-    b_sum = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    for r in range(0, rows, BLOCK_R):
-        o_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        b_sum += tl.load(parts + o_r[:, None] * columns + o_c[None, :], mask=(o_r < rows)[:, None] & m_c[None, :], other=0.0)
-    tl.store(out + o_c, _cast(tl.sum(b_sum, axis=0), out.dtype.element_ty, INTERPRET), mask=m_c)
 
 
 # --- the core alone ----------------------------------------------------------------------------------------------------------------
@@ -660,25 +603,25 @@ def separable_attention_fwd_kernel(
     """Softmax, context and output of BLOCK_C channels of one group. The softmax of one channel of logits is cheap to redo per channel block."""
     i = tl.program_id(0)
     i_c = i % tl.cdiv(D, BLOCK_C)
-    i_p = _wide(i // tl.cdiv(D, BLOCK_C) % groups, WIDE)
+    i_p = wide(i // tl.cdiv(D, BLOCK_C) % groups, WIDE)
     i_b = (i // tl.cdiv(D, BLOCK_C) // groups).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < D
     q_row = q + i_b * stride_qb + i_p * stride_qp
-    k_row = k + i_b * stride_kb + i_p * stride_kp + _wide(o_c, WIDE) * stride_kc  # [BLOCK_C]
-    v_row = v + i_b * stride_vb + i_p * stride_vp + _wide(o_c, WIDE) * stride_vc
+    k_row = k + i_b * stride_kb + i_p * stride_kp + wide(o_c, WIDE) * stride_kc  # [BLOCK_C]
+    v_row = v + i_b * stride_vb + i_p * stride_vp + wide(o_c, WIDE) * stride_vc
     s_row = scores + (i_b * groups + i_p) * patches
     out_row = out + ((i_b * D + o_c) * groups + i_p) * patches  # [BLOCK_C]
 
     b_max = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
     for n in range(0, patches, BLOCK_N):
-        o_n = _wide(n + tl.arange(0, BLOCK_N), WIDE)
+        o_n = wide(n + tl.arange(0, BLOCK_N), WIDE)
         b_max = tl.maximum(b_max, tl.load(q_row + o_n * stride_qn, mask=o_n < patches, other=float("-inf")).to(tl.float32))
     largest = tl.max(b_max, axis=0)
     b_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
     b_context = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
     for n in range(0, patches, BLOCK_N):
-        o_n = _wide(n + tl.arange(0, BLOCK_N), WIDE)
+        o_n = wide(n + tl.arange(0, BLOCK_N), WIDE)
         m_n = o_n < patches
         b_q = tl.load(q_row + o_n * stride_qn, mask=m_n, other=float("-inf")).to(tl.float32)
         b_e = tl.exp2((b_q - largest) * LOG2E)
@@ -689,13 +632,13 @@ def separable_attention_fwd_kernel(
     b_c = tl.sum(b_context, axis=1) / total  # [BLOCK_C]
     tl.store(context + (i_b * groups + i_p) * D + o_c, b_c, mask=m_c)
     for n in range(0, patches, BLOCK_N):
-        o_n = _wide(n + tl.arange(0, BLOCK_N), WIDE)
+        o_n = wide(n + tl.arange(0, BLOCK_N), WIDE)
         m_n = o_n < patches
         m_cn = m_c[:, None] & m_n[None, :]
         b_q = tl.load(q_row + o_n * stride_qn, mask=m_n, other=float("-inf")).to(tl.float32)
         tl.store(s_row + o_n, tl.exp2((b_q - largest) * LOG2E) / total, mask=m_n & (i_c == 0))
         b_v = tl.load(v_row[:, None] + o_n[None, :] * stride_vn, mask=m_cn, other=0.0).to(tl.float32)
-        tl.store(out_row[:, None] + o_n[None, :], _cast(_relu(b_v) * b_c[:, None], out.dtype.element_ty, INTERPRET), mask=m_cn)
+        tl.store(out_row[:, None] + o_n[None, :], cast(relu(b_v) * b_c[:, None], out.dtype.element_ty, INTERPRET), mask=m_cn)
 
 
 @triton.jit
@@ -736,36 +679,36 @@ def separable_attention_bwd_kernel(
     """
     i = tl.program_id(0)
     i_c = i % tl.cdiv(D, BLOCK_C)
-    i_p = _wide(i // tl.cdiv(D, BLOCK_C) % groups, WIDE)
+    i_p = wide(i // tl.cdiv(D, BLOCK_C) % groups, WIDE)
     i_b = (i // tl.cdiv(D, BLOCK_C) // groups).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < D
-    g_row = grad_out + i_b * stride_gb + i_p * stride_gp + _wide(o_c, WIDE) * stride_gc  # [BLOCK_C]
-    k_row = k + i_b * stride_kb + i_p * stride_kp + _wide(o_c, WIDE) * stride_kc
-    v_row = v + i_b * stride_vb + i_p * stride_vp + _wide(o_c, WIDE) * stride_vc
+    g_row = grad_out + i_b * stride_gb + i_p * stride_gp + wide(o_c, WIDE) * stride_gc  # [BLOCK_C]
+    k_row = k + i_b * stride_kb + i_p * stride_kp + wide(o_c, WIDE) * stride_kc
+    v_row = v + i_b * stride_vb + i_p * stride_vp + wide(o_c, WIDE) * stride_vc
     i_g = i_b * groups + i_p
     o_out = ((i_b * D + o_c) * groups + i_p) * patches  # [BLOCK_C]
     b_c = tl.load(context + i_g * D + o_c, mask=m_c, other=0.0)  # [BLOCK_C]
 
     b_sum = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
     for n in range(0, patches, BLOCK_N):
-        o_n = _wide(n + tl.arange(0, BLOCK_N), WIDE)
+        o_n = wide(n + tl.arange(0, BLOCK_N), WIDE)
         m_cn = m_c[:, None] & (o_n < patches)[None, :]
         b_g = tl.load(g_row[:, None] + o_n[None, :] * stride_gn, mask=m_cn, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_N]
         b_v = tl.load(v_row[:, None] + o_n[None, :] * stride_vn, mask=m_cn, other=0.0).to(tl.float32)
-        b_sum += b_g * _relu(b_v)
+        b_sum += b_g * relu(b_v)
         if grad_v is not None:
             b_dv = tl.where(b_v > 0, b_g * b_c[:, None], 0.0)
-            tl.store(grad_v + o_out[:, None] + o_n[None, :], _cast(b_dv, grad_v.dtype.element_ty, INTERPRET), mask=m_cn)
+            tl.store(grad_v + o_out[:, None] + o_n[None, :], cast(b_dv, grad_v.dtype.element_ty, INTERPRET), mask=m_cn)
     b_dc = tl.sum(b_sum, axis=1)  # [BLOCK_C]
     if (grad_k is not None) or (part_scores is not None):
         for n in range(0, patches, BLOCK_N):
-            o_n = _wide(n + tl.arange(0, BLOCK_N), WIDE)
+            o_n = wide(n + tl.arange(0, BLOCK_N), WIDE)
             m_n = o_n < patches
             m_cn = m_c[:, None] & m_n[None, :]
             if grad_k is not None:
                 b_dk = b_dc[:, None] * tl.load(scores + i_g * patches + o_n, mask=m_n, other=0.0)[None, :]
-                tl.store(grad_k + o_out[:, None] + o_n[None, :], _cast(b_dk, grad_k.dtype.element_ty, INTERPRET), mask=m_cn)
+                tl.store(grad_k + o_out[:, None] + o_n[None, :], cast(b_dk, grad_k.dtype.element_ty, INTERPRET), mask=m_cn)
             if part_scores is not None:
                 b_k = tl.load(k_row[:, None] + o_n[None, :] * stride_kn, mask=m_cn, other=0.0).to(tl.float32)
                 b_ds = tl.sum((b_k - b_c[:, None]) * b_dc[:, None], axis=0)  # [BLOCK_N]
@@ -795,45 +738,22 @@ def separable_attention_bwd_query_kernel(
         b_ds += tl.load(part_scores + o_part * patches + o_n, mask=m_n, other=0.0)
         o_part += rows
     b_dq = tl.load(scores + i_g * patches + o_n, mask=m_n, other=0.0) * b_ds
-    tl.store(grad_q + i_g * patches + o_n, _cast(b_dq, grad_q.dtype.element_ty, INTERPRET), mask=m_n)
+    tl.store(grad_q + i_g * patches + o_n, cast(b_dq, grad_q.dtype.element_ty, INTERPRET), mask=m_n)
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------------------------
-
-
-def _power(n: int, lowest: int, highest: int) -> int:
-    """The power of two at or above ``n``, between two powers of two."""
-    return min(max(triton.next_power_of_2(n), lowest), highest)
-
-
-class Tile(NamedTuple):
-    """Block sizes of one kernel, as its constexpr arguments, and how it is compiled.
-
-    ``registers`` is what a thread may have. Left to itself ptxas now and then spills a word to reach the next step of occupancy.
-    """
-
-    blocks: dict[str, int]
-    num_warps: int
-    registers: int | None = None
-    num_stages: int = 2
-
-    @property
-    def options(self) -> dict[str, int]:
-        """All of it, as a kernel's keyword arguments. The register limit is an option of CUDA's compiler only."""
-        limit = {} if self.registers is None or torch.version.hip is not None else {"maxnreg": self.registers}
-        return {**self.blocks, **limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def reduction_tile(dim: int) -> Tile:
     """Pool and query kernels: all channels of a few tokens, in registers twice (the input and its weighted sum): 16 values a thread each."""
     block_d = triton.next_power_of_2(dim)
     num_warps = 4 if block_d <= 64 else 8 if block_d <= 256 else 16
-    return Tile({"BLOCK_D": block_d, "BLOCK_N": _power(512 * num_warps // block_d, 1, 128)}, num_warps)
+    return Tile({"BLOCK_D": block_d, "BLOCK_N": power(512 * num_warps // block_d, 1, 128)}, num_warps)
 
 
 def context_tile(dim: int) -> Tile:
     """The context kernel: few rows, exact fp32."""
-    block = _power(dim, 16, 32)
+    block = power(dim, 16, 32)
     return Tile({"BLOCK_G": 16, "BLOCK_O": block, "BLOCK_K": block}, 4, registers=128)
 
 
@@ -844,7 +764,7 @@ def _gemm_edge(dtype: torch.dtype) -> int:
 
 def _token_tile(tokens: int, programs_per_tile: int, dtype: torch.dtype, wanted: int) -> int:
     """Tokens a program takes: the full edge, halved while the GPU would not be filled."""
-    block = _power(tokens, 16, _gemm_edge(dtype))
+    block = power(tokens, 16, _gemm_edge(dtype))
     while block > 16 and triton.cdiv(tokens, block) * programs_per_tile < wanted:
         block //= 2
     return block
@@ -855,55 +775,31 @@ def forward_tile(dim: int, dtype: torch.dtype) -> Tile:
     several programs, each with V of its own. V goes in pieces of BLOCK_E, narrower where the output weight's tile beside it is tall.
     """
     edge = _gemm_edge(dtype)
-    block_o = _power(dim, 16, 256 if dtype is torch.float32 else 512)
-    block_e = _power(dim, 16, edge if block_o < 512 else edge // 2)
-    return Tile({"BLOCK_O": block_o, "BLOCK_E": block_e, "BLOCK_K": _power(dim, 16, edge)}, 4 if block_o <= 128 else 8, registers=255)
+    block_o = power(dim, 16, 256 if dtype is torch.float32 else 512)
+    block_e = power(dim, 16, edge if block_o < 512 else edge // 2)
+    return Tile({"BLOCK_O": block_o, "BLOCK_E": block_e, "BLOCK_K": power(dim, 16, edge)}, 4 if block_o <= 128 else 8, registers=255)
 
 
 def value_tile(dim: int, patches: int, dtype: torch.dtype) -> Tile:
     """The backward's value kernel: two accumulators and four operands at a time, so half the depth of a single GEMM."""
     edge = _gemm_edge(dtype)
-    blocks = {"BLOCK_N": _power(patches, 16, edge), "BLOCK_E": _power(dim, 16, edge), "BLOCK_K": _power(dim, 16, 32)}
+    blocks = {"BLOCK_N": power(patches, 16, edge), "BLOCK_E": power(dim, 16, edge), "BLOCK_K": power(dim, 16, 32)}
     return Tile(blocks, 4, registers=255)
 
 
 def input_tile(dim: int, dtype: torch.dtype) -> Tile:
     """The backward's input kernel: a plain GEMM over d, whose epilogue holds as much again as its accumulator, so twice the warps."""
-    edge = _power(dim, 16, _gemm_edge(dtype))
+    edge = power(dim, 16, _gemm_edge(dtype))
     return Tile({"BLOCK_O": edge, "BLOCK_K": edge}, _gemm_edge(dtype) // 8, registers=128)
 
 
 def weight_tile(dim: int, tokens: int, dtype: torch.dtype) -> Tile:
     """The backward's weight kernel, a GEMM over tokens."""
-    edge = _power(dim, 16, _gemm_edge(dtype))
-    return Tile({"BLOCK_O": edge, "BLOCK_I": edge, "BLOCK_T": _power(tokens, 16, _gemm_edge(dtype))}, 4, registers=168)
+    edge = power(dim, 16, _gemm_edge(dtype))
+    return Tile({"BLOCK_O": edge, "BLOCK_I": edge, "BLOCK_T": power(tokens, 16, _gemm_edge(dtype))}, 4, registers=168)
 
 
 # --- launches ----------------------------------------------------------------------------------------------------------------------
-
-
-def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Every kernel is started here, on a one-dimensional grid (its other axes hold only 65535)."""
-    if programs > 0:
-        kernel[(programs,)](*args, **options)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Programs to have in flight: the GPU's multiprocessors; an A100's when compiling ahead of time (meta); few under the interpreter."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 108 if device.type == "meta" else 8
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _reaches_64_bit(*tensors: Tensor) -> bool:
-    """Whether an offset inside one image of any of these passes 2**31."""
-    return any(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31 for t in tensors)
 
 
 @overload
@@ -924,36 +820,6 @@ def _strides(t: Tensor) -> tuple[tuple[int, int, int, int], bool]:
     return (b, c, h, w), height == 1 or h == width * w
 
 
-def _splits(pieces: int, units: int, wanted: int, least: int) -> tuple[int, int]:
-    """Cut ``units`` of work, of which ``pieces`` like it run beside each other, into (splits, units per split).
-
-    Enough splits to have ``wanted`` programs, each of at least ``least`` units where there are that many; none is empty.
-    """
-    splits = max(1, min(triton.cdiv(wanted, pieces), units // least))
-    length = triton.cdiv(units, splits)
-    return triton.cdiv(units, length), length
-
-
-def _reduce(parts: Tensor, out: Tensor) -> Tensor:
-    """Sum of ``parts`` over its first axis, written to ``out`` (contiguous)."""
-    rows, columns = parts.shape[0], out.numel()
-    block_r = _power(rows, 1, 32)
-    block_c = _power(columns, 16, 2048 // block_r)
-    launch(
-        separable_self_attention_bwd_reduce_kernel,
-        triton.cdiv(columns, block_c),
-        parts,
-        out,
-        rows,
-        columns,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        INTERPRET=_INTERPRET,
-        num_warps=4,
-    )
-    return out
-
-
 class _Map(NamedTuple):
     """What the kernels need to know of a map and its patches."""
 
@@ -972,11 +838,11 @@ class _Map(NamedTuple):
     def of(x: Tensor, patch_h: int, patch_w: int) -> _Map:
         batch, dim, height, width = x.shape
         groups, tokens = patch_h * patch_w, height * width
-        return _Map(batch, dim, width, tokens, groups, tokens // groups, patch_h, patch_w, height == patch_h, _processors(x.device))
+        return _Map(batch, dim, width, tokens, groups, tokens // groups, patch_h, patch_w, height == patch_h, shared.processors(x.device))
 
     def splits(self, block_n: int) -> tuple[int, int]:
         """(splits, tokens per split) of each group for the kernels that reduce over it."""
-        splits, blocks = _splits(self.batch * self.groups, triton.cdiv(self.patches, block_n), self.wanted, least=4)
+        splits, blocks = shared.splits(self.batch * self.groups, triton.cdiv(self.patches, block_n), self.wanted, least=4)
         return splits, blocks * block_n
 
 
@@ -998,7 +864,7 @@ def _group_linear(
     rows = m.batch * m.groups
     tile = context_tile(m.dim)
     stats, *partial, splits = parts or (None,) * 5 + (0,)
-    launch(
+    shared.launch(
         separable_self_attention_context_kernel,
         triton.cdiv(rows, tile.blocks["BLOCK_G"]) * triton.cdiv(m.dim, tile.blocks["BLOCK_O"]),
         *(pooled, weight, bias, mass, out, stats, *partial, rows, m.groups, splits),
@@ -1032,15 +898,15 @@ def separable_self_attention(
     qkv_weight, out_weight = _packed(qkv_weight), _packed(out_weight)
     qkv_bias, out_bias = _packed(qkv_bias), _packed(out_bias)
     (x_strides, x_flat), (y_strides, y_flat) = _strides(x), _strides(y)
-    wide = _reaches_64_bit(x, y)
+    wide = shared.reaches_64_bit(x, y)
 
-    with _on(x):
+    with shared.on(x):
         tile = reduction_tile(dim)
         splits, length = m.splits(tile.blocks["BLOCK_N"])
         parts = x.new_empty((2 if score_scale is None else 3, batch, splits, m.groups), dtype=torch.float32)
         part_max, part_sum, part_mass = (*parts, None)[:3]
         part_pooled = x.new_empty((batch, splits, m.groups, dim), dtype=torch.float32)
-        launch(
+        shared.launch(
             separable_self_attention_fwd_pool_kernel,
             batch * splits * m.groups,
             *(x, qkv_weight, qkv_bias, score_scale, logits, part_max, part_sum, part_mass, part_pooled, *x_strides),
@@ -1059,7 +925,7 @@ def separable_self_attention(
         tile = forward_tile(dim, x.dtype)
         output_blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"])
         block_t = _token_tile(m.tokens, batch * output_blocks, x.dtype, m.wanted)
-        launch(
+        shared.launch(
             separable_self_attention_fwd_kernel,
             batch * triton.cdiv(m.tokens, block_t) * output_blocks,
             *(x, qkv_weight, qkv_bias, context, out_weight, out_bias, y, *x_strides, *y_strides),
@@ -1070,7 +936,7 @@ def separable_self_attention(
             FLAT_Y=y_flat,
             WIDE=wide,
             PRECISION="ieee",
-            INTERPRET=_INTERPRET,
+            INTERPRET=shared.INTERPRET,
             **tile.options,
         )
     return y, logits, stats, pooled
@@ -1091,10 +957,10 @@ def _linear_gradients(grad_out: Tensor, inputs: Tensor, wanted: int, weight: Ten
     tile = weight_tile(dim, height * width, inputs.dtype)
     tiles = batch * triton.cdiv(height * width, tile.blocks["BLOCK_T"])
     blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"]) ** 2
-    splits, split_tiles = _splits(blocks, tiles, 2 * wanted, least=4)
+    splits, split_tiles = shared.splits(blocks, tiles, 2 * wanted, least=4)
     part_weight = inputs.new_empty((splits, dim, dim), dtype=torch.float32)
     part_bias = inputs.new_empty((splits, dim), dtype=torch.float32)
-    launch(
+    shared.launch(
         separable_self_attention_bwd_weight_kernel,
         blocks * splits,
         *(grad_out, inputs, part_weight, part_bias, *g_strides, *x_strides),
@@ -1102,14 +968,14 @@ def _linear_gradients(grad_out: Tensor, inputs: Tensor, wanted: int, weight: Ten
         D=dim,
         FLAT_G=g_flat,
         FLAT_X=x_flat,
-        WIDE=_reaches_64_bit(grad_out, inputs),
+        WIDE=shared.reaches_64_bit(grad_out, inputs),
         PRECISION="ieee",
-        INTERPRET=_INTERPRET,
+        INTERPRET=shared.INTERPRET,
         **tile.options,
     )
-    _reduce(part_weight, weight)
+    shared.sum_parts(part_weight, weight)
     if bias is not None:
-        _reduce(part_bias, bias)
+        shared.sum_parts(part_bias, bias)
 
 
 def separable_self_attention_backward(
@@ -1145,13 +1011,13 @@ def separable_self_attention_backward(
     k_weight = qkv_weight[1 : 1 + dim]
     k_bias = None if qkv_bias is None else qkv_bias[1 : 1 + dim]
     (x_strides, x_flat), (g_strides, g_flat) = _strides(x), _strides(grad_y)
-    wide = _reaches_64_bit(x, grad_y, grad_x if need_x else x)
+    wide = shared.reaches_64_bit(x, grad_y, grad_x if need_x else x)
     rows = batch * m.groups
 
     def scratch() -> Tensor:
         return x.new_empty((batch, height, width, dim))
 
-    with _on(x):
+    with shared.on(x):
         mass = None if score_scale is None else _mass(m, score_scale, logits, stats)
         context = _group_linear(m, pooled, k_weight, k_bias, mass)
 
@@ -1160,7 +1026,7 @@ def separable_self_attention_backward(
         u = scratch() if need_out else None
         grad_v = scratch() if need_x or need_qkv else None
         part_context = None if grad_v is None else x.new_empty((tiles, batch, m.groups, dim), dtype=torch.float32)
-        launch(
+        shared.launch(
             separable_self_attention_bwd_value_kernel,
             rows * tiles * triton.cdiv(dim, tile.blocks["BLOCK_E"]),
             *(x, grad_y, qkv_weight, qkv_bias, context, out_weight, u, grad_v, part_context, *x_strides, *g_strides),
@@ -1171,7 +1037,7 @@ def separable_self_attention_backward(
             ONE_ROW=m.one_row,
             WIDE=wide,
             PRECISION="ieee",
-            INTERPRET=_INTERPRET,
+            INTERPRET=shared.INTERPRET,
             **tile.options,
         )
         if u is not None:
@@ -1179,13 +1045,13 @@ def separable_self_attention_backward(
         if grad_v is None or part_context is None:
             return grads
 
-        grad_context = part_context[0] if tiles == 1 else _reduce(part_context, torch.empty_like(pooled))
+        grad_context = part_context[0] if tiles == 1 else shared.sum_parts(part_context, torch.empty_like(pooled))
         grad_pooled = _group_linear(m, grad_context, k_weight, None, None, transposed=True)
         tile = reduction_tile(dim)
         splits, length = m.splits(tile.blocks["BLOCK_N"])
         part_weight = x.new_empty((batch * splits * m.groups, dim), dtype=torch.float32)
         grad_logits = torch.empty_like(logits)
-        launch(
+        shared.launch(
             separable_self_attention_bwd_query_kernel,
             rows * splits,
             *(x, score_scale, logits, stats, mass, pooled, k_bias, grad_context, grad_pooled, grad_logits, part_weight, *x_strides),
@@ -1199,7 +1065,7 @@ def separable_self_attention_backward(
         if need_qkv:
             w_q, w_k, w_v = grad_qkv.view(-1, dim).split([1, dim, dim])
             b_q, b_k, b_v = grad_qkv_bias.split([1, dim, dim])
-            _reduce(part_weight, w_q)
+            shared.sum_parts(part_weight, w_q)
             b_q.zero_()
             _linear_gradients(_as_map(grad_context), _as_map(pooled), m.wanted, w_k, b_k if mass is None else None)
             if mass is not None:
@@ -1209,7 +1075,7 @@ def separable_self_attention_backward(
             (o_strides, o_flat), tile = _strides(grad_x), input_tile(dim, x.dtype)
             blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"])
             block_t = _token_tile(m.tokens, batch * blocks, x.dtype, m.wanted)
-            launch(
+            shared.launch(
                 separable_self_attention_bwd_input_kernel,
                 batch * triton.cdiv(m.tokens, block_t) * blocks,
                 *(grad_v, qkv_weight, score_scale, logits, stats, grad_pooled, grad_logits, grad_x, *o_strides),
@@ -1219,7 +1085,7 @@ def separable_self_attention_backward(
                 FLAT=o_flat,
                 WIDE=wide,
                 PRECISION="ieee",
-                INTERPRET=_INTERPRET,
+                INTERPRET=shared.INTERPRET,
                 **tile.options,
             )
     return grads
@@ -1232,10 +1098,10 @@ def _as_map(rows: Tensor) -> Tensor:
 
 def _core_tile(dim: int, patches: int, rows: int, wanted: int) -> Tile:
     """Channels a program takes: 16, fewer while the GPU would not be filled; 2048 values in all."""
-    block_c = _power(dim, 1, 16)
+    block_c = power(dim, 1, 16)
     while block_c > 4 and triton.cdiv(dim, block_c) * rows < wanted:
         block_c //= 2
-    return Tile({"BLOCK_C": block_c, "BLOCK_N": _power(patches, 16, 2048 // block_c)}, 4)
+    return Tile({"BLOCK_C": block_c, "BLOCK_N": power(patches, 16, 2048 // block_c)}, 4)
 
 
 def separable_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1246,17 +1112,17 @@ def separable_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     context = v.new_empty((batch, groups, dim), dtype=torch.float32)
     if k.numel() == 0:
         return out, torch.softmax(q[:, 0].float(), dim=-1, out=scores) if scores.numel() else scores, context.zero_()
-    with _on(k):
-        tile = _core_tile(dim, patches, batch * groups, _processors(k.device))
-        launch(
+    with shared.on(k):
+        tile = _core_tile(dim, patches, batch * groups, shared.processors(k.device))
+        shared.launch(
             separable_attention_fwd_kernel,
             batch * groups * triton.cdiv(dim, tile.blocks["BLOCK_C"]),
             *(q, k, v, out, scores, context),
             *(q.stride(0), q.stride(2), q.stride(3), *k.stride(), *v.stride()),
             *(groups, patches),
             D=dim,
-            WIDE=_reaches_64_bit(q, k, v),
-            INTERPRET=_INTERPRET,
+            WIDE=shared.reaches_64_bit(q, k, v),
+            INTERPRET=shared.INTERPRET,
             **tile.options,
         )
     return out, scores, context
@@ -1272,30 +1138,30 @@ def separable_attention_backward(
     if k.numel() == 0:
         return grad_q.zero_(), grad_k, grad_v
     rows = batch * groups
-    with _on(k):
-        tile = _core_tile(dim, patches, rows, _processors(k.device))
+    with shared.on(k):
+        tile = _core_tile(dim, patches, rows, shared.processors(k.device))
         blocks = triton.cdiv(dim, tile.blocks["BLOCK_C"])
         part_scores = k.new_empty((blocks, batch, groups, patches), dtype=torch.float32) if need_q else None
         if need_q or need_k or need_v:
-            launch(
+            shared.launch(
                 separable_attention_bwd_kernel,
                 rows * blocks,
                 *(grad_out, k, v, scores, context, grad_k if need_k else None, grad_v if need_v else None, part_scores),
                 *(*grad_out.stride(), *k.stride(), *v.stride()),
                 *(groups, patches, batch),
                 D=dim,
-                WIDE=_reaches_64_bit(grad_out, k, v),
-                INTERPRET=_INTERPRET,
+                WIDE=shared.reaches_64_bit(grad_out, k, v),
+                INTERPRET=shared.INTERPRET,
                 **tile.options,
             )
         if need_q:
             block_n = tile.blocks["BLOCK_N"]
-            launch(
+            shared.launch(
                 separable_attention_bwd_query_kernel,
                 rows * triton.cdiv(patches, block_n),
                 *(scores, part_scores, grad_q, rows, patches, blocks),
                 BLOCK_N=block_n,
-                INTERPRET=_INTERPRET,
+                INTERPRET=shared.INTERPRET,
                 num_warps=4,
             )
     return grad_q, grad_k, grad_v

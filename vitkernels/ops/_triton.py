@@ -1,0 +1,156 @@
+"""What the Triton kernels of every family share: small pieces of kernels, tile sizes, and the launch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# The interpreter's tl.dot is wrong on bf16 operands and its conversions to bf16 truncate; a GPU has neither fault, and the flag is off there.
+INTERPRET = bool(triton.knobs.runtime.interpret)
+
+
+# --- pieces of kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def wide(index, WIDE: tl.constexpr):
+    """An index in 64 bit where offsets can pass 2**31."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """``value.to(dtype)``, to nearest even also where the interpreter would truncate."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``acc + a @ b``."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def relu(value):
+    """Relu that keeps NaN, as PyTorch's does."""
+    return tl.where(value <= 0, 0.0, value)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts,  # [rows, columns] fp32
+    out,  # [columns], written
+    rows,
+    columns,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Sum of partial results in a fixed order, in the dtype of ``out``."""
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < columns
+    b_sum = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    for r in range(0, rows, BLOCK_R):
+        o_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+        b_sum += tl.load(parts + o_r[:, None] * columns + o_c[None, :], mask=(o_r < rows)[:, None] & m_c[None, :], other=0.0)
+    tl.store(out + o_c, cast(tl.sum(b_sum, axis=0), out.dtype.element_ty, INTERPRET), mask=m_c)
+
+
+# --- tiles -------------------------------------------------------------------------------------------------------------------------
+
+
+def power(n: int, lowest: int, highest: int) -> int:
+    """The power of two at or above ``n``, between two powers of two."""
+    return min(max(triton.next_power_of_2(n), lowest), highest)
+
+
+class Tile(NamedTuple):
+    """Block sizes of one kernel, as its constexpr arguments, and how it is compiled.
+
+    ``registers`` is what a thread may have. Left to itself ptxas now and then spills a word to reach the next step of occupancy.
+    """
+
+    blocks: dict[str, int]
+    num_warps: int
+    registers: int | None = None
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        """All of it, as a kernel's keyword arguments. The register limit is an option of CUDA's compiler only."""
+        limit = {} if self.registers is None or torch.version.hip is not None else {"maxnreg": self.registers}
+        return {**self.blocks, **limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# --- launches ----------------------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Every kernel is started here, on a one-dimensional grid (its other axes hold only 65535)."""
+    if programs > 0:
+        kernel[(programs,)](*args, **options)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Programs to have in flight: the GPU's multiprocessors; an A100's when compiling ahead of time (meta); few under the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 108 if device.type == "meta" else 8
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def reaches_64_bit(*tensors: Tensor) -> bool:
+    """Whether an offset within one entry of the first axis of any of these passes 2**31."""
+    return any(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31 for t in tensors)
+
+
+def splits(pieces: int, units: int, wanted: int, least: int) -> tuple[int, int]:
+    """Cut ``units`` of work, of which ``pieces`` like it run beside each other, into (splits, units per split).
+
+    Enough splits to have ``wanted`` programs, each of at least ``least`` units where there are that many; none is empty.
+    """
+    count = max(1, min(triton.cdiv(wanted, pieces), units // least))
+    length = triton.cdiv(units, count)
+    return triton.cdiv(units, length), length
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
+    """Sum of ``parts`` over its first axis, written to ``out`` (contiguous)."""
+    rows, columns = parts.shape[0], out.numel()
+    block_r = power(rows, 1, 32)
+    block_c = power(columns, 16, 2048 // block_r)
+    launch(
+        sum_parts_kernel,
+        triton.cdiv(columns, block_c),
+        parts,
+        out,
+        rows,
+        columns,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        INTERPRET=INTERPRET,
+        num_warps=4,
+    )
+    return out
