@@ -18,7 +18,7 @@ RESULTS ?= benchmarks/results
 JOBS ?= 2
 TRITON_TESTS := test-triton-contract test-triton-ops
 ISA_TESTS := test-avx512_bf16 test-avx512 test-avx2 test-baseline
-PARTS := $(TRITON_TESTS) test-cpp $(ISA_TESTS)
+PARTS := $(TRITON_TESTS) test-contract test-cpp $(ISA_TESTS)
 NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*') vitkernels/builder.py setup.py pyproject.toml
 
 SHELL := bash
@@ -48,8 +48,8 @@ $(VENV)/.native: $(VENV)/.requirements $(NATIVE_SOURCES)
 demo: setup
 	@$(RUN) -m vitkernels demo --out $(REPORT) $(DEMO_ARGUMENTS)
 
-# The parts that use one core each run side by side, each one's output in one piece; Python's own tests come last and alone, so that pytest's closing
-# lines end the output.
+# The parts that keep one core busy run side by side, the longest first, each one's output in one piece; what uses every core comes last and alone, so
+# that pytest's closing lines end the output.
 test: setup
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(PARTS)
 	@$(MAKE) --no-print-directory test-python
@@ -63,17 +63,22 @@ test-cpp: setup
 	  ctest --test-dir build/cmake --output-on-failure; \
 	fi
 
-test-python: setup
-	@$(RUN) -m pytest
+# Two threads, as the kernels run with; they do not spin while they wait, since another part has the other core.
+test-contract: setup
+	@echo "contract of every backend, with the instruction set of this CPU"
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest --quiet tests/contract
 
-# test-python runs the instruction set that is detected; the contract holds for the others, too, those this CPU can run.
+test-python: setup
+	@$(RUN) -m pytest --ignore=tests/contract
+
+# test-contract runs the instruction set that is detected; what the contract says about kernels holds for the others, too, those this CPU can run.
 OTHER_ISA = from vitkernels import host, native; print(native.cpu_isa() == '$*' != host.isa_report().detected)
 $(ISA_TESTS): test-%: setup
-	@export OMP_NUM_THREADS=1 VITKERNELS_CPU_ISA=$*; \
+	@export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive VITKERNELS_CPU_ISA=$*; \
 	other=$$($(RUN) -c "$(OTHER_ISA)"); \
 	if [ "$$other" = True ]; then \
 	  echo "contract of the native backend on $*"; \
-	  $(RUN) -m pytest --quiet tests/contract -k native; \
+	  $(RUN) -m pytest --quiet tests/contract -m kernel -k native; \
 	else \
 	  echo "contract of the native backend on $*: not run by itself (it is the detected one, or cannot run here)"; \
 	fi

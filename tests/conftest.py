@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from . import interpreter
+
 
 def _import_torchvision() -> torch.library.Library | None:
     """Both timm and transformers import torchvision. PyPI's wheel is built for CUDA: beside a CPU-only torch its operators do not load,
@@ -28,7 +30,8 @@ def _import_torchvision() -> torch.library.Library | None:
 
 
 _TORCHVISION = _import_torchvision()
-
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hurry()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 

@@ -17,6 +17,11 @@ from torch.utils import _pytree as pytree
 Reason = str | None
 
 
+def is_floating(value: Any) -> bool:
+    """Whether it is a tensor of numbers that are rounded and have gradients; integers (lengths, ids) are part of what is asked."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 @dataclass(frozen=True)
 class Sample:
     """One call of an op: ``spec.function(*args, **kwargs)``.
@@ -29,8 +34,8 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors among the arguments, in order, those in lists included."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+        """The floating tensors among the arguments, in order, those in lists included."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if is_floating(leaf)]
 
     def named_arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The arguments by the name of ``function``'s parameter."""
@@ -42,16 +47,12 @@ class Sample:
             name + pytree.keystr(path): leaf
             for name, argument in self.named_arguments(function).items()
             for path, leaf in pytree.tree_leaves_with_path(argument)
-            if isinstance(leaf, torch.Tensor)
+            if is_floating(leaf)
         }
 
     def mapped(self, change: Callable[[torch.Tensor], Any]) -> Sample:
         """The same call with every floating tensor replaced by ``change(tensor)``."""
-
-        def apply(tensor: torch.Tensor) -> Any:
-            return change(tensor) if tensor.is_floating_point() else tensor
-
-        args, kwargs = pytree.tree_map_only(torch.Tensor, apply, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(lambda leaf: change(leaf) if is_floating(leaf) else leaf, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
 
@@ -87,7 +88,7 @@ class OpSpec:
     """Everything the house knows about one op.
 
     Attributes:
-        name: the name under :mod:`vitkernels.ops`; the schema is ``vitkernels::<name>``.
+        name: the name under :mod:`vitkernels.ops`.
         family: the folder under ``vitkernels/ops``.
         function: the public function.
         reference: the same signature in plain PyTorch: the definition.
@@ -98,6 +99,7 @@ class OpSpec:
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
+        schema: the op of ``torch.ops.vitkernels`` underneath; by default, the one of that name.
         kept_by_autocast: parameters of ``function`` that autocast leaves in their own dtype, as ``F.batch_norm`` leaves its weight and bias.
 
     Which outputs are differentiable is nowhere listed: those of ``reference`` that require a gradient.
@@ -115,15 +117,21 @@ class OpSpec:
     working_activations: tuple[int, int] = (1, 1)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
+    schema: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schema", self.schema or self.name)
 
 
 @functools.cache
 def all_specs() -> dict[str, OpSpec]:
     """Every op's spec by name."""
     from vitkernels.ops.cascaded_group import spec as cascaded_group
+    from vitkernels.ops.packed import spec as packed
     from vitkernels.ops.separable import spec as separable
+    from vitkernels.ops.tokens import spec as tokens
 
-    return {spec.name: spec for spec in (*separable.SPECS, *cascaded_group.SPECS)}
+    return {spec.name: spec for spec in (*separable.SPECS, *cascaded_group.SPECS, *packed.SPECS, *tokens.SPECS)}
 
 
 def get(name: str) -> OpSpec:

@@ -110,6 +110,53 @@ def test_one_unlucky_draw_is_forgiven_and_a_habit_is_not() -> None:
     assert not habit.holds
 
 
+def broken_verdicts(ratio: float, calls: int) -> int:
+    """How many of so many calls whose first draw breaks the rule are called broken, if the medians have this ratio and errors vary so."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(_: int = 0) -> list[accuracy.Comparison]:
+        error, eager_error = (torch.randn(2, generator=generator) * 0.77 / 2**0.5).exp().tolist()
+        return [accuracy.Comparison("output", ratio * error, eager_error, 1.0, 0.0)]
+
+    first = [accuracy.Comparison("output", 3.0, 1.0, 1.0, 0.0)]
+    return sum(not accuracy.settled(first, draw)[0].holds for _ in range(calls))
+
+
+def test_noise_is_not_called_broken_and_too_large_an_error_is() -> None:
+    """A true 1.6 is within the rule however wildly the draws vary; a true 2.5 is seldom let through, an 8 never."""
+    assert broken_verdicts(1.6, 300) == 0
+    assert broken_verdicts(2.5, 100) > 70
+    assert broken_verdicts(8.0, 100) == 100
+
+
+def test_a_plain_defect_takes_no_more_draws_than_it_must() -> None:
+    numbers: list[int] = []
+
+    def draw(number: int) -> list[accuracy.Comparison]:
+        numbers.append(number)
+        return [accuracy.Comparison("output", 30.0, 1.0, 1.0, 0.0)]
+
+    (verdict,) = accuracy.settled(draw(0), draw)
+    assert not verdict.holds
+    assert numbers == [0, *range(accuracy.REDRAWS[0])]
+
+
+@pytest.mark.parametrize("terms", [4, 60])
+def test_sums_rounded_to_bfloat16_break_it(terms: int) -> None:
+    """The defect that a kernel of low precision has: products are right, their running sum is not float32."""
+    x, w = sample(grad=False).args
+    call = Sample("s", (x[:3, :terms], w[:terms, :4]))
+
+    def rounded(x: Tensor, w: Tensor) -> Tensor:
+        total = torch.zeros(x.shape[0], w.shape[1])
+        for i in range(x.shape[1]):
+            total = (total + x[:, i, None] ** 2 * w[i]).bfloat16().float()
+        return total
+
+    (comparison,) = accuracy.Judge(square_sum, call)(rounded)
+    assert comparison.badness > 10
+
+
 def test_a_value_that_is_not_finite_is_never_forgiven() -> None:
     call = sample(grad=False)
     judge = accuracy.Judge(square_sum, call)

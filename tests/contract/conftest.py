@@ -3,6 +3,7 @@
 A test asks for ``target`` (an op on a backend), ``case`` (a target, a dtype, one of the op's samples) or ``bad_call`` (a target and a call to
 refuse). A backend that cannot run here is one skipped test per op, with its reason. ``@pytest.mark.fused`` leaves the reference backend out, where
 the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples.
+``@pytest.mark.kernel`` is what `make test` runs again for every instruction set.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device", default="cpu") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine, or this build of torch, has no CUDA device")
     config.addinivalue_line("markers", "fused: only the backends with kernels of their own, not the reference")
+    config.addinivalue_line("markers", "kernel: about the machine code of a kernel; the rest is the same for every instruction set")
     config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow")
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that `case` covers")
 

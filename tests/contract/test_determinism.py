@@ -7,7 +7,7 @@ import torch
 
 from .oracle import Target, as_tuple, assert_bit_equal, cotangents, named_results
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.kernel]
 
 
 @pytest.mark.parametrize("count", [1, 2])

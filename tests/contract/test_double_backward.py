@@ -26,7 +26,7 @@ def _first_gradients(target: Target) -> tuple[list[torch.Tensor], tuple[torch.Te
 @pytest.mark.fused
 def test_second_derivative_is_refused(target: Target) -> None:
     inputs, gradients = _first_gradients(target)
-    with pytest.raises(NotImplementedError, match=rf"{target.spec.name} has no second derivative.*backend\('reference'\)"):
+    with pytest.raises(NotImplementedError, match=rf"{target.spec.schema} has no second derivative.*backend\('reference'\)"):
         torch.autograd.grad(_square_sum(gradients), inputs)
 
 

@@ -14,6 +14,8 @@ from vitkernels.registry import Sample
 
 from .oracle import Target, as_tuple, assert_bit_equal, assert_obeys_the_rule, cotangents, named_results
 
+pytestmark = pytest.mark.kernel
+
 
 @pytest.fixture(autouse=True)
 def _has_dropout(request: pytest.FixtureRequest) -> None:
@@ -26,6 +28,11 @@ def _samples(target: Target, dtype: torch.dtype = torch.float32, **kwargs: Any) 
     # Not the sample of large logits: what a float32 logit of 200 loses in rounding decides its gradients, whoever computes them, and these tests ask
     # about masks. test_forward_backward.py has it.
     return [replace(s, kwargs=s.kwargs | kwargs) for s in target.every(3, dtype, grad=True) if s.name != "large logits"]
+
+
+def _training(target: Target) -> dict[str, bool]:
+    """What tells the op that it is training: ops that stand for a module have an argument, functional ones drop by ``dropout_p`` alone."""
+    return {"training": True} if "training" in inspect.signature(target.spec.function).parameters else {}
 
 
 def _seeded(target: Target, seed: int = 7) -> Target:
@@ -53,15 +60,16 @@ def test_same_mask_as_the_reference(target: Target, dtype: torch.dtype, poison: 
     reason = target.why_not(dtype)
     if reason is not None:
         pytest.skip(reason)
-    for sample in _samples(target, dtype, dropout_p=0.3, training=True):
+    for sample in _samples(target, dtype, dropout_p=0.3, **_training(target)):
         with torch.no_grad():
             grads_out = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
         assert_obeys_the_rule(_seeded(target), sample, grads_out)
 
 
 def test_every_call_draws_a_new_mask(target: Target) -> None:
-    sample = replace(target.samples()[0], kwargs={"dropout_p": 0.5, "training": True})
-    first, second = (target(*sample.args, **sample.kwargs) for _ in range(2))
+    sample = target.samples()[0]
+    kwargs = sample.kwargs | {"dropout_p": 0.5} | _training(target)
+    first, second = (as_tuple(target(*sample.args, **kwargs))[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -69,7 +77,8 @@ def test_dropout_of_nothing_is_no_dropout(target: Target) -> None:
     """With p = 0 in training, and with any p in evaluation, it is the plain op to the last bit and draws no random number."""
     for sample in _samples(target):
         plain = _results(target, sample)
-        for kwargs in ({"dropout_p": 0.0, "training": True}, {"dropout_p": 0.4, "training": False}):
+        in_evaluation = [{"dropout_p": 0.4, "training": False}] if _training(target) else []
+        for kwargs in ({"dropout_p": 0.0} | _training(target), *in_evaluation):
             state = torch.get_rng_state()
             assert_bit_equal(plain, _results(target, replace(sample, kwargs=sample.kwargs | kwargs)))
             assert torch.equal(torch.get_rng_state(), state)
@@ -77,5 +86,5 @@ def test_dropout_of_nothing_is_no_dropout(target: Target) -> None:
 
 def test_dropping_every_score(target: Target, poison: None) -> None:
     """With p = 1 the context is zero, the result is what the reference makes of that, and every gradient is finite."""
-    for sample in _samples(target, dropout_p=1.0, training=True):
+    for sample in _samples(target, dropout_p=1.0, **_training(target)):
         assert_obeys_the_rule(target, sample)

@@ -9,6 +9,8 @@ import torch
 
 from .oracle import Case, Target, as_tuple, assert_obeys_the_rule, mapped, one_changed
 
+pytestmark = pytest.mark.kernel
+
 
 def test_no_worse_than_twice_eager(case: Case, poison: None) -> None:
     assert_obeys_the_rule(case.target, case.sample(grad=True))
@@ -43,8 +45,8 @@ def test_nan_reaches_the_output(target: Target) -> None:
             expected, got = (as_tuple(function(*changed.args, **changed.kwargs)) for function in (target.spec.reference, target))
             for e, g in zip(expected, got, strict=True):
                 assert g.isnan()[e.isnan()].all(), f"{sample.name}: a NaN in {name} does not reach all that it reaches in eager"
-                untouched = ~e.isnan().reshape(e.shape[0], -1).any(1)  # images; of statistics, channels
-                assert g[untouched].isfinite().all(), f"{sample.name}: a NaN in {name} reaches another image of the batch"
+                untouched = ~e.isnan().reshape(e.shape[0], e.shape[1:].numel()).any(1)  # images; of packed ones, tokens; of statistics, channels
+                assert not g[untouched].isnan().any(), f"{sample.name}: a NaN in {name} reaches another image of the batch"
 
 
 @pytest.mark.fused

@@ -12,7 +12,7 @@ from vitkernels.registry import Sample
 
 from .oracle import Target, as_tuple, assert_bit_equal, cotangents, named_results, one_changed
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.kernel]
 _FAR = 2**31
 
 
@@ -58,6 +58,6 @@ def test_far_gradient(target: Target, ocean: Tensor) -> None:
     with torch.no_grad():
         grad, *rest = cotangents(as_tuple(target(*sample.args, **sample.kwargs)))
     expected = named_results(target, sample, (grad, *rest), signature=target.spec.reference)
-    for dim in range(grad.dim()):
+    for dim in range(grad.dim())[:: 3 if target.interpreted else 1]:
         if grad.shape[dim] > 1:
             assert_bit_equal(expected, named_results(target, sample, (_spread(grad, ocean, dim), *rest), signature=target.spec.reference))

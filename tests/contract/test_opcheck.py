@@ -36,7 +36,7 @@ def _some(target: Target) -> list[Sample]:
 def test_forward_op(target: Target) -> None:
     for sample in _some(target):
         (op, args), _ = _recorded(target, sample)
-        assert op.name() == f"{'vitkernels_triton' if target.backend == 'triton' else 'vitkernels'}::{target.spec.name}"
+        assert op.name() == f"{'vitkernels_triton' if target.backend == 'triton' else 'vitkernels'}::{target.spec.schema}"
         args = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(op, args)
 
@@ -44,5 +44,5 @@ def test_forward_op(target: Target) -> None:
 def test_backward_op(target: Target) -> None:
     for sample in _some(target):
         _, (op, args) = _recorded(target, sample)
-        assert op.name().endswith(f"::{target.spec.name}_backward")
+        assert op.name().endswith(f"::{target.spec.schema}_backward")
         torch.library.opcheck(op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))

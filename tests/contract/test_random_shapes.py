@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vitkernels.ops import PackedLayout
 from vitkernels.registry import Sample
 
 from .oracle import Target, assert_obeys_the_rule
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.kernel]
 
 _LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded", "offset")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +40,8 @@ def _arranged(tensor: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def _attention(draw: st.DrawFn) -> dict[str, Any]:
-    shape = draw(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 6), st.integers(0, 40)))
+def _attention(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 6), st.integers(0, 20 if small else 40)))
     return {
         "shape": shape,
         "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 3)),
@@ -49,9 +51,10 @@ def _attention(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def _self_attention(draw: st.DrawFn) -> dict[str, Any]:
+def _self_attention(draw: st.DrawFn, small: bool) -> dict[str, Any]:
     patch = draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    grid = draw(st.tuples(st.integers(0, 9), st.integers(0, 9)))
+    side = st.integers(0, 4 if small else 9)
+    grid = draw(st.tuples(side, side))
     return {
         "shape": (draw(st.integers(0, 3)), draw(st.integers(1, 40)), *(g * p for g, p in zip(grid, patch or (1, 4), strict=True))),
         "patch_size": patch,
@@ -89,12 +92,13 @@ def _make_self_attention(drawn: dict[str, Any], device: str) -> Sample:
 
 
 @st.composite
-def _cascaded(draw: st.DrawFn) -> dict[str, Any]:
-    window = draw(st.integers(1, 9))
-    kernels = tuple(draw(st.lists(st.sampled_from((1, 3, 5, 7, 9)), min_size=1, max_size=4)))
-    split = draw(st.integers(4, 24))  # of a tensor of one or two numbers a largest error says little
+def _cascaded(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    window = draw(st.integers(1, 5 if small else 9))
+    kernels = tuple(draw(st.lists(st.sampled_from((1, 3, 5, 7, 9)), min_size=1, max_size=2 if small else 4)))
+    beyond = st.integers(0, min(window, 3) if small else 12)
+    split = draw(st.integers(4, 12 if small else 24))  # of a tensor of one or two numbers a largest error says little
     return {
-        "size": (draw(st.integers(0, 3)), len(kernels) * split, *(window + draw(st.integers(0, 12)) for _ in range(2))),
+        "size": (draw(st.integers(0, 1 if small else 3)), len(kernels) * split, *(window + draw(beyond) for _ in range(2))),
         "window": window,
         "kernels": kernels,
         "key_dim": draw(st.integers(4, 20)),
@@ -132,8 +136,8 @@ def _make_cascaded(drawn: dict[str, Any], device: str) -> Sample:
 
 
 @st.composite
-def _cascaded_norm(draw: st.DrawFn) -> dict[str, Any]:
-    drawn = draw(_cascaded())
+def _cascaded_norm(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    drawn = draw(_cascaded(small))
     # Enough values a channel, and an eps, for statistics that are no accident of two or three numbers; no kernel of one pixel (see the op's samples).
     kernels = tuple(max(k, 3) for k in drawn["kernels"])
     return drawn | {"size": (draw(st.integers(3, 5)), *drawn["size"][1:]), "kernels": kernels, "eps": draw(st.sampled_from((0.1, 1.0)))}
@@ -154,12 +158,159 @@ def _make_cascaded_norm(drawn: dict[str, Any], device: str) -> Sample:
     return Sample(sample.name, args, sample.kwargs | {"eps": drawn["eps"]})
 
 
-# How to draw a call of each op; a new op writes its own here.
+@st.composite
+def _varlen(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    kv_heads = draw(st.integers(1, 2 if small else 4))
+    length = st.integers(0, 40 if small else 90)
+    lengths = draw(st.lists(length, max_size=4 if small else 9))
+    return {
+        "lengths": lengths,
+        "keys": draw(st.none() | st.lists(length, min_size=len(lengths), max_size=len(lengths))),
+        "heads": kv_heads * draw(st.integers(1, 2 if small else 3)),
+        "kv_heads": kv_heads,
+        "dim": draw(st.integers(1, 80)),
+        "value_dim": draw(st.integers(1, 80)),
+        "arrange": draw(st.sampled_from(tuple(_PACKED_LAYOUTS))),
+        "qk_norm": draw(st.sampled_from((None, "rms", "l2", "layer"))),
+        "norm": draw(st.sampled_from(("", "w", "W", "wb", "WB"))),
+        "bias": draw(st.none() | st.tuples(st.booleans(), st.integers(0, 5))),
+        "spare": draw(st.integers(0, 70)),
+        "return_lse": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+# Of [T, H, D]; "one long row" is a slice of something wider, at an offset that no vector is aligned to.
+_PACKED_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "heads first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0],
+    "one long row": lambda t: torch.cat([torch.full_like(t[..., :1], torch.nan), t], dim=-1)[..., 1:],
+    "expanded": lambda t: t[:, :1].expand(t.shape),
+}
+
+
+def _make_varlen(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    heads, kv_heads, dim, arrange = drawn["heads"], drawn["kv_heads"], drawn["dim"], _PACKED_LAYOUTS[drawn["arrange"]]
+    longest = max((0, *drawn["lengths"], *(drawn["keys"] or ())))
+    total = max(sum(drawn["lengths"]), sum(drawn["keys"] or ())) + drawn["spare"]
+    layout = PackedLayout.from_lengths(drawn["lengths"], drawn["keys"], capacity=total).to(device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=drawn["dtype"])
+
+    kwargs: dict[str, Any] = {"layout": layout, "return_lse": drawn["return_lse"], "qk_norm": drawn["qk_norm"]}
+    if drawn["bias"] is not None:
+        per_head, spare = drawn["bias"]
+        kwargs["bias"] = draw(heads if per_head else 1, longest + spare, longest + spare)
+    for letter in drawn["norm"] if drawn["qk_norm"] else "":
+        for side, count in (("q", heads), ("k", kv_heads)):
+            kwargs[f"{side}_norm_{'weight' if letter in 'wW' else 'bias'}"] = draw(*(() if letter in "wb" else (count,)), dim)
+    args = (arrange(draw(total, heads, dim)), arrange(draw(total, kv_heads, dim)), arrange(draw(total, kv_heads, drawn["value_dim"])))
+    return Sample(str(drawn), args, kwargs).mapped(lambda t: t.requires_grad_())
+
+
+@st.composite
+def _packed(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    """Rows of runs: an id, or padding, and how many tokens it has."""
+    runs = st.lists(st.tuples(st.booleans(), st.integers(1, 20 if small else 40)), max_size=3 if small else 5)
+    return {
+        "rows": draw(st.lists(runs, max_size=3)),
+        "heads": draw(st.integers(1, 3)),
+        "dim": draw(st.integers(1, 40)),
+        "with_layout": draw(st.booleans()),
+        "of_one_projection": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_packed(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    rows = [[i if image else -1 for i, (image, tokens) in enumerate(row) for _ in range(tokens)] for row in drawn["rows"]]
+    length = max(map(len, rows), default=3)
+    image_ids = torch.tensor([row + [-1] * (length - len(row)) for row in rows], dtype=torch.int64).view(len(rows), length).to(device)
+    qkv = torch.randn(len(rows), length, 3, drawn["heads"], drawn["dim"], generator=generator).to(device=device, dtype=drawn["dtype"])
+    tensors = (t if drawn["of_one_projection"] else t.contiguous() for t in qkv.unbind(2))
+    where = PackedLayout.from_image_ids(image_ids) if drawn["with_layout"] else image_ids
+    return Sample(str(drawn), (*tensors, where)).mapped(lambda t: t.detach().requires_grad_())
+
+
+@st.composite
+def _positions(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    return {
+        "tokens": draw(st.integers(0, 60 if small else 200)),
+        "dim": draw(st.integers(4, 150)),
+        "lengths": draw(st.tuples(*[st.integers(1, 40)] * 2)),
+        "fractional": draw(st.tuples(st.booleans(), st.booleans())),
+        "layouts": draw(st.tuples(*[st.sampled_from(tuple(_ROW_LAYOUTS))] * 3)),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+# Of [T, D].
+_ROW_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0],
+    "part of wider rows": lambda t: torch.cat([torch.full_like(t[:, :1], torch.nan), t], dim=1)[:, 1:],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+def _make_positions(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    tensors = (torch.randn(n, drawn["dim"], generator=generator).to(drawn["dtype"]) for n in (drawn["tokens"], *drawn["lengths"]))
+    arranged = [_ROW_LAYOUTS[layout](t).to(device).requires_grad_() for t, layout in zip(tensors, drawn["layouts"], strict=True)]
+    # Shares up to 0.8: a redraw moves them by a quarter.
+    positions = [
+        0.8 * torch.rand(drawn["tokens"], generator=generator) if fractional else torch.randint(n, (drawn["tokens"],), generator=generator)
+        for n, fractional in zip(drawn["lengths"], drawn["fractional"], strict=True)
+    ]
+    return Sample(str(drawn), (*arranged, *(p.to(device) for p in positions)))
+
+
+@st.composite
+def _pool(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    lengths = draw(st.lists(st.integers(0, 150), max_size=4 if small else 9))
+    return {
+        "lengths": lengths,
+        "used": draw(st.none() | st.tuples(*(st.integers(0, n) for n in lengths))),
+        "spare": draw(st.integers(0, 70)),
+        "shape": draw(st.tuples(st.integers(4, 150)) | st.tuples(st.integers(2, 5), st.integers(2, 40))),
+        "mode": draw(st.sampled_from(("mean", "max"))),
+        "ties": draw(st.booleans()),
+        "arrange": draw(st.sampled_from(("contiguous", "strided", "expanded"))),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_pool(drawn: dict[str, Any], device: str) -> Sample:
+    total = sum(drawn["lengths"]) + drawn["spare"]
+    layout = PackedLayout.from_lengths(drawn["lengths"], capacity=total)
+    if drawn["used"] is not None:
+        used = torch.tensor(drawn["used"], dtype=torch.int64)
+        layout = PackedLayout.from_cu_seqlens(layout.cu_seqlens_k, seqused_k=used, total_q=total, total_k=total)
+    x = torch.randn(total, *drawn["shape"], generator=torch.Generator().manual_seed(drawn["seed"]))
+    x = _ROW_LAYOUTS[drawn["arrange"]]((x.round() if drawn["ties"] else x).to(drawn["dtype"]))
+    return Sample(str(drawn), (x.to(device).requires_grad_(),), {"layout": layout.to(device), "mode": drawn["mode"]})
+
+
+# How to draw a call of each op, a small one for Triton's interpreter; a new op writes its own here.
 _DRAWN = {
     "separable_attention": (_attention, _make_attention),
     "separable_self_attention": (_self_attention, _make_self_attention),
     "cascaded_group_attention": (_cascaded, _make_cascaded),
     "cascaded_group_attention_batch_norm": (_cascaded_norm, _make_cascaded_norm),
+    "varlen_attention": (_varlen, _make_varlen),
+    "packed_attention": (_packed, _make_packed),
+    "factorized_position_embedding": (_positions, _make_positions),
+    "masked_pool": (_pool, _make_pool),
 }
 
 
@@ -167,7 +318,7 @@ def test_random_calls_obey_the_rule(target: Target) -> None:
     strategy, make = _DRAWN[target.spec.name]
 
     @settings(max_examples=8 if target.interpreted else 80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy())
+    @given(strategy(target.interpreted))
     def check(drawn: dict[str, Any]) -> None:
         torch.manual_seed(drawn["seed"])  # the cotangent's
         assert_obeys_the_rule(target, make(drawn, target.device))
