@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "packed/op.h"
 #include "separable/op.h"
+#include "tokens/op.h"
 
 namespace vitkernels {
 namespace {
@@ -30,6 +31,10 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("cascaded_group_attention_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_backward));
   m.impl("cascaded_group_attention_batch_norm", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm));
   m.impl("cascaded_group_attention_batch_norm_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm_backward));
+  m.impl("factorized_position_embedding", TORCH_BOX(&vitkernels::factorized_position_embedding));
+  m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
+  m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
+  m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));
   m.impl("separable_attention_backward", TORCH_BOX(&vitkernels::separable_attention_backward));
   m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));

@@ -7,11 +7,14 @@ from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.packed.op import packed_attention, varlen_attention
 from vitkernels.ops.separable.op import separable_attention, separable_self_attention
+from vitkernels.ops.tokens.op import factorized_position_embedding, masked_pool
 
 __all__ = [
     "PackedLayout",
     "cascaded_group_attention",
     "cascaded_group_attention_batch_norm",
+    "factorized_position_embedding",
+    "masked_pool",
     "packed_attention",
     "separable_attention",
     "separable_self_attention",

@@ -1,0 +1,1 @@
+"""What packed tokens need before and after the transformer: position embeddings and pooling (NaViT)."""
