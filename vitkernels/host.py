@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from vitkernels import builder
 
@@ -73,3 +75,12 @@ def isa_report() -> IsaReport:
     return IsaReport(
         True, report["detected"], report["selected"], tuple(report["built"]), tuple(report["usable"]), forced=forced, error=report["error"]
     )
+
+
+def packer(method: str) -> Callable[[Any, int, int], tuple[Any, int]] | None:
+    """The compiled bin packer of that name (``first_fit``, ``best_fit_decreasing``), ``None`` where the module is not built.
+
+    It takes int64 lengths (a numpy array, each in ``[0, capacity]``: not checked again), the capacity and the most items a bin may hold, and returns
+    the bin of each item (int64) and the number of bins. :func:`vitkernels.navit.pack` is the function to call.
+    """
+    return getattr(_module(), method, None)
