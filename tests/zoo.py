@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels.accuracy import Comparison
 
@@ -22,6 +25,53 @@ def photos(size: int | tuple[int, int], count: int = 2) -> Tensor:
     images = [torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)[None].float() for name in ("astronaut", "chelsea", "coffee")[:count]]
     resized = [F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False) for image in images]
     return torch.cat(resized) / 127.5 - 1
+
+
+def mixed_photos(sizes: Sequence[tuple[int, int]], channels: int = 3) -> list[Tensor]:
+    """Photographs of these heights and widths, [channels, H, W] each."""
+    return [photos(size, 3)[i % 3, :channels] for i, size in enumerate(sizes)]
+
+
+def padded_patches(sizes: Sequence[tuple[int, int]], length: int, patch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Photographs of these many patches up and across as patches [B, length, patch * patch * 3], as naflex models take them, the place of each patch
+    [B, length, 2], and which of them are patches, bool [B, length]: the first of each row.
+    """
+    patches, places = torch.zeros(len(sizes), length, patch * patch * 3), torch.zeros(len(sizes), length, 2, dtype=torch.long)
+    for i, (image, (height, width)) in enumerate(zip(mixed_photos([(h * patch, w * patch) for h, w in sizes]), sizes, strict=True)):
+        grid = image.unflatten(2, (width, patch)).unflatten(1, (height, patch)).permute(1, 3, 2, 4, 0)  # [h, w, p1, p2, c]
+        patches[i, : height * width] = grid.flatten(2).flatten(0, 1)
+        places[i, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    counts = torch.tensor([height * width for height, width in sizes])
+    return patches, places, torch.arange(length) < counts[:, None]
+
+
+def navit(kind: str = "na_vit", **options: Any) -> nn.Module:
+    """A small NaViT of vit_pytorch, of either module."""
+    zoo = importlib.import_module(f"vit_pytorch.{kind}")
+    torch.manual_seed(0)
+    small = {"image_size": 64, "patch_size": 8, "num_classes": 10, "dim": 48, "depth": 2, "heads": 3, "mlp_dim": 64, "dim_head": 16}
+    return zoo.NaViT(**{**small, **options})
+
+
+def naflex(**options: Any) -> nn.Module:
+    """A small NaFlexVit of timm."""
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    torch.manual_seed(0)
+    small = {"patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "reg_tokens": 2, "pos_embed_grid_size": (4, 4)}
+    return NaFlexVit(NaFlexVitCfg(**{**small, **options}), num_classes=10)
+
+
+def siglip2(kind: str = "ForImageClassification", **options: Any) -> nn.Module:
+    """A small Siglip2 of transformers: ``ForImageClassification`` or ``VisionModel``."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "num_patches": 16, "patch_size": 4}
+    vision = transformers.Siglip2VisionConfig(**{**small, **options})
+    if kind == "VisionModel":
+        return transformers.Siglip2VisionModel(vision)
+    return transformers.Siglip2ForImageClassification(transformers.Siglip2Config(vision_config=vision.to_dict(), num_labels=10))
 
 
 def timm_model(name: str = "mobilevitv2_050", **options: Any) -> nn.Module:
@@ -241,7 +291,21 @@ def cream_model() -> nn.Module:
     return CreamNet()
 
 
-def settle(model: nn.Module, images: Tensor) -> nn.Module:
+Batch = Any
+"""A model's input: a tensor; for a NaViT a list of them; for a naflex model a dictionary."""
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Call ``model`` as its zoo does."""
+    return model(**batch) if isinstance(batch, dict) and hasattr(model, "config") else model(batch)
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """``batch`` with every floating tensor in another dtype."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def settle(model: nn.Module, images: Batch) -> nn.Module:
     """Move every parameter away from its initial value (no norm is an identity then, no bias zero), and let batch norm measure ``images``, so that
     signals and gradients neither die nor explode through the depth.
     """
@@ -257,7 +321,7 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
                 parameter.add_(noise * 0.1)
         for norm in norms:
             norm.momentum = 1.0
-        model.train()(images)
+        forward(model.train(), images)
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value
     return model
@@ -267,11 +331,13 @@ def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def results(model: nn.Module, images: Tensor, *, training: bool, seed: int = 0) -> dict[str, Tensor]:
+def results(
+    model: nn.Module, images: Batch, *, training: bool, seed: int = 0, call: Callable[[nn.Module, Batch], Any] = forward
+) -> dict[str, Tensor]:
     """The output of ``model`` and the gradient of every parameter, by name."""
     model.train(training).zero_grad()
     torch.manual_seed(seed)
-    output = logits(model(images))
+    output = logits(call(model, images))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(output.dtype)
     (output * weights).sum().backward()
     gradients = {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
@@ -315,7 +381,7 @@ Measure = Callable[..., dict[str, Tensor]]
 def judge(
     original: nn.Module,
     accelerated: nn.Module,
-    images: Tensor,
+    images: Batch,
     *,
     training: bool,
     jitters: int = 4,
@@ -331,11 +397,11 @@ def judge(
     on the order of a sum; it is held to the largest noise among the model's tensors.
     """
 
-    def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    def run(model: nn.Module, images: Batch) -> dict[str, Tensor]:
         # A copy: in training, batch norm changes its statistics.
         return measure(copy.deepcopy(model), images, training=training)
 
-    exact = run(copy.deepcopy(original).double(), images.double())
+    exact = run(copy.deepcopy(original).double(), cast(images, torch.float64))
     eager = [run(model, images) for model in (original, *(jitter(original, seed, eps) for seed in range(jitters)))]
     fast = run(accelerated, images)
     assert exact.keys() == fast.keys()
@@ -352,7 +418,44 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
 
-def assert_same(original: nn.Module, accelerated: nn.Module, images: Tensor, *, training: bool, **options: Any) -> None:
+def assert_same(original: nn.Module, accelerated: nn.Module, images: Batch, *, training: bool, **options: Any) -> None:
     """Every comparison of :func:`judge` holds."""
     broken = [c for c in judge(original, accelerated, images, training=training, **options) if not c.holds]
     assert not broken, "\n".join(map(str, broken))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+def largest_tensor(model: nn.Module, batch: Batch) -> int:
+    """Elements of the largest tensor in a forward and backward pass."""
+    with Largest() as found:
+        logits(forward(model, batch)).sum().backward()
+    return found.numel
+
+
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
+    """Bytes of all tensors that a forward pass keeps for the backward pass, parameters not counted."""
+    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = logits(forward(model, batch))
+    assert output.requires_grad  # and so everything counted is still there: no address was used twice
+    return sum(kept.values())

@@ -150,8 +150,8 @@ def test_the_same_name_gives_the_same_weights_and_photos() -> None:
 
 def test_photos_are_photos_and_noise_says_that_it_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _zoo.load("mobilevitv2_050", size=64)
-    pixels, shown = _zoo.images(model, 10)
-    assert pixels.shape == (10, 3, 64, 64)
+    pixels, shown = _zoo.images(model, 12)
+    assert pixels.shape == (12, 3, 64, 64)
     assert "astronaut.png" in shown
     assert "repeated" in shown
     assert not torch.equal(pixels[0], pixels[1])
@@ -159,6 +159,17 @@ def test_photos_are_photos_and_noise_says_that_it_is_noise(monkeypatch: pytest.M
     noise, shown = _zoo.images(model, 2)
     assert shown.startswith("seeded noise")
     assert noise.std() == pytest.approx(1, abs=0.05)
+
+
+def test_photos_of_a_navit_keep_their_shapes(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _zoo.load("vit_pytorch:NaViT")
+    photos, _ = _zoo.images(model, 10)
+    sizes = [tuple(photo.shape) for photo in photos]
+    assert len(set(sizes)) == 7 and all(c == 3 and height % 16 == 0 and width % 16 == 0 and max(height, width) <= 384 for c, height, width in sizes)
+    monkeypatch.setattr(_zoo, "_photo_paths", list)
+    assert len({noise.shape for noise in _zoo.images(model, 4)[0]}) > 1
+    found = report("accelerate", "vit_pytorch:NaViT", "--size", 64, "--batch", 3, "--train", "--repeats", 2, "--threads", 1)
+    assert found["accuracy_rule_holds"] and len(found["replaced"]) == 8
 
 
 def test_an_image_is_cut_and_normalised_as_the_model_wants(tmp_path: Path) -> None:
@@ -184,9 +195,11 @@ def test_torch_compile_that_fails_is_a_note(report: Callable[..., Any], monkeypa
 
 
 def test_demo_writes_its_report(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {name for name, *_ in demo.runs()} == {"mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4"}
+    assert {name for name, *_ in demo.runs()} == {
+        *("mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4", "vit_pytorch:NaViT")
+    }
     assert {batch for name, batch, *_ in demo.runs() if name.startswith("efficientvit")} == {1, 16}
-    assert {name for name, *_, training in demo.runs() if training} == {"mobilevitv2_050", "efficientvit_m0"}
+    assert {name for name, *_, training in demo.runs() if training} == {"mobilevitv2_050", "efficientvit_m0", "vit_pytorch:NaViT"}
     monkeypatch.setattr(demo, "_MODELS", {"mobilevitv2_050": (64, 2), "efficientvit_m0": (224, 2)})
     short = [("mobilevitv2_100", 1, False), ("mobilevitv2_050", 1, False), ("mobilevitv2_050", 2, True), ("efficientvit_m0", 2, False)]
     monkeypatch.setattr(demo, "runs", lambda: [(name, batch, torch.float32, training) for name, batch, training in short])

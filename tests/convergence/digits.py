@@ -1,4 +1,6 @@
-"""A small MobileViTv2 and a small EfficientViT of timm's blocks, and real images to train them on: scikit-learn's handwritten digits, upsampled."""
+"""A small MobileViTv2 and EfficientViT of timm's blocks, a small NaViT of vit_pytorch, and real images to train them on: scikit-learn's handwritten
+digits, upsampled.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,31 @@ class EfficientViTDigits(nn.Module):
 def efficientvit() -> nn.Module:
     torch.manual_seed(0)
     return EfficientViTDigits()
+
+
+class NaViTDigits(nn.Module):
+    """vit_pytorch's NaViT on digits of mixed resolutions, a tenth of whose tokens are dropped in training."""
+
+    SIZES = ((24, 24), (18, 12), (12, 24), (24, 18), (12, 12))
+
+    def __init__(self) -> None:
+        from vit_pytorch.na_vit import NaViT
+
+        super().__init__()
+        small = {"dim": 64, "depth": 1, "heads": 4, "mlp_dim": 128, "dim_head": 16}
+        self.navit = NaViT(image_size=24, patch_size=6, channels=1, num_classes=10, token_dropout_prob=0.1, **small)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sized = [
+            F.interpolate(image[None], self.SIZES[i % len(self.SIZES)], mode="bilinear", antialias=True, align_corners=False)[0]
+            for i, image in enumerate(x)
+        ]
+        return self.navit(sized, group_images=True, group_max_seq_len=128)
+
+
+def navit() -> nn.Module:
+    torch.manual_seed(0)
+    return NaViTDigits()
 
 
 def images(size: int = 24) -> tuple[Tensor, Tensor]:

@@ -20,15 +20,15 @@ import vitkernels
 from .. import zoo
 from . import digits
 
-STEPS, BATCH = 40, 48
+BATCH = 48
 
 
-def train(model: nn.Module, rate: float, autocast: torch.dtype | None, images: Tensor, labels: Tensor) -> Tensor:
+def train(model: nn.Module, rate: float, steps: int, autocast: torch.dtype | None, images: Tensor, labels: Tensor) -> Tensor:
     """The loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     model.train()
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         batch = torch.arange(step * BATCH, (step + 1) * BATCH) % 1440
         with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
             loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -39,16 +39,21 @@ def train(model: nn.Module, rate: float, autocast: torch.dtype | None, images: T
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16 autocast"])
-@pytest.mark.parametrize(
-    ("make", "rate", "replaced"), [(digits.model, 3e-3, 2 + 2 * 3), (digits.efficientvit, 6e-3, 2 * 2)], ids=["MobileViTv2", "EfficientViT"]
-)
-def test_loss_curves_agree(make: Callable[[], nn.Module], rate: float, replaced: int, autocast: torch.dtype | None) -> None:
+CONVOLUTIONAL = {"MobileViTv2": (digits.model, 3e-3, 40, 2 + 2 * 3), "EfficientViT": (digits.efficientvit, 6e-3, 40, 2 * 2)}
+CASES = [
+    *(pytest.param(*case, None, id=f"{name}-fp32") for name, case in CONVOLUTIONAL.items()),
+    *(pytest.param(*case, torch.bfloat16, id=f"{name}-bf16 autocast") for name, case in CONVOLUTIONAL.items()),
+    pytest.param(digits.navit, 4e-3, 100, 1 + 1 + 1, None, id="NaViT-fp32"),
+]
+
+
+@pytest.mark.parametrize(("make", "rate", "steps", "replaced", "autocast"), CASES)
+def test_loss_curves_agree(make: Callable[[], nn.Module], rate: float, steps: int, replaced: int, autocast: torch.dtype | None) -> None:
     images, labels = digits.images()
 
     def run(change: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, nn.Module]:
         model = change(make())
-        return train(model, rate, autocast, images, labels), model
+        return train(model, rate, steps, autocast, images, labels), model
 
     eps = torch.finfo(autocast or torch.float32).eps
     original, _ = run(lambda model: model)

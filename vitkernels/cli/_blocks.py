@@ -63,7 +63,7 @@ class Block:
         return row | {"rounds_kept": self.measured.kept, "rounds_discarded": self.measured.discarded, "weak": self.measured.weak}
 
 
-def _inputs(module: nn.Module, paths: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+def _inputs(module: nn.Module, paths: Sequence[str], x: _zoo.Pixels) -> dict[str, Tensor]:
     """What each submodule gets when the model runs on ``x``."""
     seen: dict[str, Tensor] = {}
 
@@ -121,11 +121,11 @@ def compare(
     fused = [record.path for record in vitkernels.accelerate(original, dry_run=True).replaced if record.op in OPS]
     paths = [path for path in fused if not any(path.startswith(f"{outer}.") for outer in fused)]
     pixels, _ = _zoo.images(zoo_model, batch)
-    inputs = _inputs(original, paths, pixels.to(device=device, dtype=dtype))
+    inputs = _inputs(original, paths, _zoo.to(pixels, device=device, dtype=dtype))
     kinds: dict[str, list[str]] = {}
     for path, x in inputs.items():
         kinds.setdefault("x".join(map(str, x.shape[1:])), []).append(path)
-    found = []
+    found: list[Block] = []
     for shape, (path, *others) in kinds.items():
         for mode in modes:
             before = copy.deepcopy(original.get_submodule(path))

@@ -114,14 +114,14 @@ def _without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-def _forward(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: _zoo.logits(module(x))
+def _forward(module: nn.Module, x: _zoo.Pixels, options: dict[str, Any]) -> Callable[[], Tensor]:
+    return lambda: _zoo.logits(module(x, **options))
 
 
-def _training_step(module: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def _training_step(module: nn.Module, x: _zoo.Pixels, options: dict[str, Any], labels: Tensor) -> Callable[[], Tensor]:
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
-        output = _zoo.logits(module(x))
+        output = _zoo.logits(module(x, **options))
         F.cross_entropy(output if output.dtype is torch.float64 else output.float(), labels).backward()
         return output
 
@@ -193,7 +193,7 @@ def compare(
         CliError: the original model itself cannot run this input here.
     """
     pixels, shown = _zoo.images(zoo_model, batch, image)
-    x = pixels.to(device=device, dtype=dtype)
+    x, options = _zoo.to(pixels, device=device, dtype=dtype), zoo_model.options
     labels = torch.arange(batch, device=device)
     original = copy.deepcopy(zoo_model.module).to(device=device, dtype=dtype)
     original = _without_dropout(original) if training else original.eval()
@@ -202,8 +202,8 @@ def compare(
     exact = copy.deepcopy(original).double()
 
     modules: dict[str, nn.Module] = {ORIGINAL: original, ACCELERATED: accelerated, "float64": exact}
-    inputs = {ORIGINAL: x, ACCELERATED: x, "float64": x.double()}
-    calls = {n: _training_step(m, inputs[n], labels) if training else _forward(m, inputs[n]) for n, m in modules.items()}
+    inputs = {ORIGINAL: x, ACCELERATED: x, "float64": _zoo.to(x, torch.float64)}
+    calls = {n: _training_step(m, inputs[n], options, labels) if training else _forward(m, inputs[n], options) for n, m in modules.items()}
     context: Any = contextlib.nullcontext if training else torch.inference_mode
     try:
         with context():
@@ -217,7 +217,7 @@ def compare(
     if compiled and handle.replaced:
         torch.compiler.reset()
         module: Any = torch.compile(copy.deepcopy(original))
-        call = _training_step(module, x, labels) if training else _forward(module, x)
+        call = _training_step(module, x, options, labels) if training else _forward(module, x, options)
         try:
             with context():
                 call()
@@ -230,8 +230,14 @@ def compare(
         contexts = dict.fromkeys(calls, context)
         comparable = peers and not training and dtype is torch.float32 and device.type == "cpu"
         with contextlib.ExitStack() as stack:
-            engines, reasons = stack.enter_context(_engines.engines(original, x)) if comparable else ({}, [])
-            notes += reasons
+            engines: dict[str, _engines.Engine] = {}
+            if comparable and isinstance(x, Tensor):
+                engines, reasons = stack.enter_context(_engines.engines(original, x))
+                notes += reasons
+            elif comparable:
+                notes.append(
+                    f"{', '.join(_engines.ENGINES)}: not timed, the model takes a list of images of any sizes, which torch.onnx does not export"
+                )
             right = {}
             for name, engine in engines.items():
                 verdict = accuracy.compare_tensors("logits", engine.output, outputs[ORIGINAL], outputs["float64"])

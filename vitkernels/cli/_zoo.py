@@ -14,27 +14,36 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vitkernels.bench import first_line
 from vitkernels.cli._common import CliError
 
 SOURCES = ("timm", "hf", "vit_pytorch")
 _PACKAGES = {"timm": "timm", "hf": "transformers", "vit_pytorch": "vit_pytorch"}
+# By package, where in it, and their names.
 _PHOTOS = (
-    "astronaut.png",
-    "coffee.png",
-    "chelsea.png",
-    "rocket.jpg",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "ihc.png",
-    "hubble_deep_field.jpg",
+    (
+        "skimage",
+        "data",
+        (
+            "astronaut.png",
+            "coffee.png",
+            "chelsea.png",
+            "rocket.jpg",
+            "motorcycle_left.png",
+            "retina.jpg",
+            "ihc.png",
+            "hubble_deep_field.jpg",
+        ),
+    ),
+    ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What a vit_pytorch class asks for and has no default: the size of its own README's examples, scaled to ViT-S.
@@ -47,8 +56,9 @@ _VIT_PYTORCH_ARGUMENTS: dict[str, Any] = {
     "heads": 6,
     "mlp_dim": 768,
 }
-# vit_pytorch.mobile_vit.MobileViT is a whole family: these are its paper's (S) dimensions.
-_VIT_PYTORCH_SPECIAL = {
+# vit_pytorch.mobile_vit.MobileViT is a whole family: these are its paper's (S) dimensions. A NaViT's image_size is that of its position tables.
+_VIT_PYTORCH_SPECIAL: dict[str, dict[str, Any]] = {
+    "NaViT": {"image_size": 384, "patch_size": 16},
     "MobileViT": {"image_size": (256, 256), "dims": [144, 192, 240], "channels": [16, 32, 64, 64, 96, 96, 128, 128, 160, 160, 640]},
 }
 
@@ -62,6 +72,8 @@ class ZooModel:
         module: gives logits (or an output that holds them) for images [B, 3, size, size].
         size: side of its images.
         mean, std: its normalisation.
+        patch: for a model that takes a list of images of any sizes, what divides their sides; ``size`` is then the longest side.
+        options: what the module is called with beside the images.
     """
 
     name: str
@@ -70,7 +82,12 @@ class ZooModel:
     size: int
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
+    patch: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
+
+Pixels = Tensor | list[Tensor]
+"""A batch: [B, 3, size, size], or images of any sizes [3, H, W]."""
 
 _schemas: torch.library.Library | None = None
 
@@ -173,7 +190,10 @@ def _build_vit_pytorch(name: str, size: int | None) -> ZooModel:
         words = ", ".join(missing)
         raise CliError(f"vit_pytorch's {name} needs {words}, which have no usual value: build it in Python and call vitkernels.accelerate on it")
     side = known["image_size"]
-    return ZooModel(name, "vit_pytorch", cls(**{k: known[k] for k in required}), side if isinstance(side, int) else side[0])
+    module, longest = cls(**{k: known[k] for k in required}), side if isinstance(side, int) else side[0]
+    if name == "NaViT":
+        return ZooModel(name, "vit_pytorch", module, longest, patch=known["patch_size"], options={"group_images": True})
+    return ZooModel(name, "vit_pytorch", module, longest)
 
 
 _BUILD = {"timm": _build_timm, "hf": _build_hf, "vit_pytorch": _build_vit_pytorch}
@@ -244,7 +264,7 @@ def _settle(model: ZooModel) -> None:
         norm.reset_running_stats()
         norm.train()
     with torch.no_grad():
-        model.module(images(model, len(_PHOTOS))[0])
+        model.module(images(model, 8)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
@@ -258,23 +278,35 @@ def logits(output: Any) -> Tensor:
 
 
 def _photo_paths() -> list[Path]:
-    spec = importlib.util.find_spec("skimage")
-    folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
-    return [folder / name for name in _PHOTOS if (folder / name).is_file()] if folder else []
+    found = []
+    for package, folder, names in _PHOTOS:
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            found += [path for name in names if (path := Path(spec.origin).parent / folder / name).is_file()]
+    return found
+
+
+def _size_of(model: ZooModel, width: int, height: int) -> tuple[int, int]:
+    """Width and height that an image is brought to: the model's; for one that takes any, half of its own, at most the model's, in whole patches."""
+    if model.patch is None:
+        return model.size, model.size
+    scale = min(0.5, model.size / max(width, height))
+    return max(1, int(width * scale) // model.patch) * model.patch, max(1, int(height * scale) // model.patch) * model.patch
 
 
 def _read(path: Path, model: ZooModel) -> Tensor:
-    """One image, its short side resized, the centre cut out, normalised: [3, size, size]."""
+    """One image, resized to cover its new size, the centre cut out, normalised: [3, H, W]."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (model.size, model.size), Image.Resampling.BICUBIC)
+            photo = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.fit(photo, _size_of(model, *photo.size), Image.Resampling.BICUBIC)
     except FileNotFoundError as error:
         raise CliError(f"no image at {path}") from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise CliError(f"{path} is not an image that Pillow can read: {first_line(error)}") from error
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(model.size, model.size, 3).permute(2, 0, 1) / 255
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(model.mean)[:, None, None]) / torch.tensor(model.std)[:, None, None]
 
 
@@ -288,8 +320,13 @@ def check_image(path: Path | None) -> None:
         raise CliError(f"no image at {path}")
 
 
-def images(model: ZooModel, batch: int, path: Path | None = None) -> tuple[Tensor, str]:
-    """A float32 batch [batch, 3, size, size] and what it shows: the image given, else scikit-image's photos, else seeded noise.
+def to(pixels: Pixels, *args: Any, **kwargs: Any) -> Pixels:
+    """``Tensor.to`` of a batch of either form."""
+    return pytree.tree_map(lambda image: image.to(*args, **kwargs), pixels)
+
+
+def images(model: ZooModel, batch: int, path: Path | None = None) -> tuple[Pixels, str]:
+    """A float32 batch and what it shows: the image given, else the photos of scikit-image and scikit-learn, else seeded noise.
 
     Raises:
         CliError: the image is missing or unreadable.
@@ -297,8 +334,12 @@ def images(model: ZooModel, batch: int, path: Path | None = None) -> tuple[Tenso
     paths = [path] if path is not None else _photo_paths()[:batch]
     if not paths:
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(batch, 3, model.size, model.size, generator=generator)
-        return noise, "seeded noise (scikit-image, which has photos, is not installed; --image takes one of yours)"
+        sizes = [_size_of(model, 640 - 128 * (i % 4), 384) for i in range(batch)]
+        noise = [torch.randn(3, height, width, generator=generator) for width, height in sizes]
+        return noise if model.patch else torch.stack(
+            noise
+        ), "seeded noise (scikit-image, which has photos, is not installed; --image takes one of yours)"
     read = [_read(p, model) for p in paths]
     shown = ", ".join(p.name for p in paths) + (" repeated" if batch > len(paths) else "")
-    return torch.stack([read[i % len(read)] for i in range(batch)]), shown
+    photos = [read[i % len(read)] for i in range(batch)]
+    return photos if model.patch else torch.stack(photos), shown

@@ -138,10 +138,10 @@ def show(result: _compare.Result) -> None:
 
 
 def _note(result: _compare.Result, record: Record) -> str:
-    """Why a module was skipped, or ran its original code."""
+    """Why a module was skipped, or ran its original code; else what to know of it."""
     if record.reason:
         return record.reason
-    return f"ran its original code: {result.fallbacks[record.path]}" if record.path in result.fallbacks else ""
+    return f"ran its original code: {result.fallbacks[record.path]}" if record.path in result.fallbacks else record.note
 
 
 def errors_table(results: list[_compare.Result]) -> Table:

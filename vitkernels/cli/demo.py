@@ -14,15 +14,16 @@ from vitkernels.cli import _blocks, _compare, _engines, _zoo
 from vitkernels.cli._common import device_of, device_option, out, peers_option, set_threads, steps, table, threads_option
 from vitkernels.cli.accelerate import errors_table, speed_table
 
-# Each model, the side of its photos and its larger batch.
+# Each model, the side of its photos (of a NaViT, whose photos keep their shapes, the longest) and its larger batch.
 _MODELS = {
     "mobilevitv2_050": (256, 8),
     "mobilevitv2_100": (256, 8),
     "hf:mobilevitv2": (256, 8),
     "efficientvit_m0": (224, 16),
     "efficientvit_m4": (224, 16),
+    "vit_pytorch:NaViT": (384, 10),
 }
-_TRAINED = ("mobilevitv2_050", "efficientvit_m0")
+_TRAINED = ("mobilevitv2_050", "efficientvit_m0", "vit_pytorch:NaViT")
 _HEADERS = (
     "model",
     "batch",
@@ -75,7 +76,7 @@ def runs() -> list[tuple[str, int, torch.dtype, bool]]:
 def command(
     folder: Path, models: tuple[str, ...], compiled: bool, rounds: int, seconds: float, peers: bool, device: str | None, threads: int | None
 ) -> None:
-    """Real MobileViTv2 and EfficientViT models on real photos, as they are and accelerated: errors against float64, speed, a plot and a report."""
+    """Real MobileViTv2, EfficientViT and NaViT models on real photos, original and accelerated: errors against float64, speed, a plot, a report."""
     target = device_of(device)
     set_threads(threads)
     folder = report.results_folder(folder)
@@ -136,6 +137,7 @@ def write(folder: Path, results: list[_compare.Result], blocks: list[_blocks.Blo
         "and norms that a zoo starts at weight zero (the last of each residual branch of an EfficientViT) have random weights: each branch counts.",
         "Both run interleaved in one process; speed is the ratio inside each round, its median. The error is against the original model in float64:",
         "of the logits by the largest logit (inference), of the gradient of all parameters by its norm (training step, dropout off).",
+        "A NaViT gets the photos at half their size, aspect ratio kept, packed into rows of up to 2048 tokens (its own group_images=True).",
         f"ONNX Runtime and OpenVINO run the original's ONNX export (opset {_engines.OPSET}, float32) in the same rounds with as many threads, each",
         "in a process of its own that is stopped while another is timed; speed is against the original. Their logits keep the same accuracy rule.",
         "",

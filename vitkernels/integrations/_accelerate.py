@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from vitkernels import backends
-from vitkernels.integrations import official, timm, transformers
+from vitkernels.integrations import official, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
-_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE}
+_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE}
 
 _NAMES = "a string or several strings: ops, class names or path globs"
 
@@ -29,6 +29,7 @@ class Record:
         op: the op of :mod:`vitkernels.ops` that does the work, or would.
         backend: the backend this op chooses now for the module's dtype and device; empty for a skipped module.
         reason: why the module was skipped; empty for a replaced one.
+        note: what to know of the replaced module, where its results are not the original's in every respect.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Record:
     op: str
     backend: str = ""
     reason: str = ""
+    note: str = ""
 
 
 class Handle:
@@ -82,7 +84,7 @@ class Handle:
         lines = [f"vitkernels.accelerate: {done} {len(self.replaced)} of the {known} modules it knows in this model."]
         fallbacks = self.fallbacks
         head = ("module", "class", "op", "backend", "note")
-        rows = [(*_cells(r), f"a call ran the original: {fallbacks[r.path]}" if r.path in fallbacks else "") for r in self.replaced]
+        rows = [(*_cells(r), f"a call ran the original: {fallbacks[r.path]}" if r.path in fallbacks else r.note) for r in self.replaced]
         rows += [(*_cells(r), f"skipped: {r.reason}") for r in self.skipped]
         widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
         for row in (head, tuple("-" * width for width in widths), *rows):
@@ -111,6 +113,10 @@ def accelerate(
     of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by another tensor. The one
     change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or in training mode.
 
+    A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
+    layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
+    ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads.
+
     ``torch.export``, ONNX export, ``torch.jit.trace`` and ``torch.fx`` see the original code. ``torch.jit.script`` does not know the
     replacements: call :meth:`Handle.remove` first.
 
@@ -134,11 +140,12 @@ def accelerate(
         raise TypeError(f"accelerate: dry_run is a {type(dry_run).__name__}; it must be a bool")
     selection = {"only": _patterns("only", only), "skip": _patterns("skip", skip)}
 
+    paths = {module: path for path, module in model.named_modules()}
     planned: dict[nn.Module, type[Fused]] = {}
-    records: list[Record] = []
+    records: dict[nn.Module, Record] = {}
     candidates: list[tuple[str, type[Fused], str]] = []
     # Children first: whether a block can be replaced depends on its layers.
-    for path, module in reversed(list(model.named_modules())):
+    for module, path in reversed(paths.items()):
         found = _find(module)
         if found is None:
             continue
@@ -150,23 +157,33 @@ def accelerate(
             or ("its forward is overridden on the instance" if "forward" in module.__dict__ else None)
             or mixin._vk_why_not(module, lambda child: planned.get(child, type(child)))
         )
-        if reason is None:
-            planned[module] = mixin
-            records.append(Record(path, name, mixin._vk_op, backend=backends.select(mixin._vk_op, mixin._vk_weight(module))))
-        else:
-            records.append(Record(path, name, mixin._vk_op, reason=reason))
-    records.reverse()
+        parts = {} if reason else {part: (paths[part], kind, _name(part)) for part, kind in mixin._vk_parts(module).items()}
+        candidates += parts.values()
+        for part_path, kind, part_name in parts.values():
+            if _deselected({"skip": selection["skip"]}, part_path, kind, part_name):
+                reason = f"{part_path.removeprefix(path).lstrip('.')}, without which it cannot be replaced, is named in skip"
+        if reason is not None:
+            records[module] = Record(path, name, mixin._vk_op, reason=reason)
+            continue
+        for new, (new_path, kind, new_name) in {module: (path, mixin, name), **parts}.items():
+            planned[new] = kind
+            backend = backends.select(kind._vk_op, kind._vk_weight(new))
+            records[new] = Record(new_path, new_name, kind._vk_op, backend=backend, note=kind._vk_note(new))
     if not dry_run:
         for module, mixin in planned.items():
             swap(module, mixin)
-    paths = {module: path for path, module in model.named_modules()}
+    in_order = [records[module] for module in paths if module in records]
     return Handle(
         {} if dry_run else {paths[module]: module for module in planned},
-        [record for record in records if not record.reason],
-        [record for record in records if record.reason],
+        [record for record in in_order if not record.reason],
+        [record for record in in_order if record.reason],
         _unmatched(selection, candidates),
         dry_run,
     )
+
+
+def _name(module: nn.Module) -> str:
+    return qualified(published(type(module)))
 
 
 def _find(module: nn.Module) -> tuple[type[Fused], str, str | None] | None:
@@ -203,7 +220,7 @@ def _matches(pattern: str, path: str, mixin: type[Fused], name: str) -> bool:
 
 
 def _deselected(selection: dict[str, tuple[str, ...] | None], path: str, mixin: type[Fused], name: str) -> str | None:
-    only, skip = selection["only"], selection["skip"]
+    only, skip = selection.get("only"), selection["skip"]
     if only is not None and not any(_matches(pattern, path, mixin, name) for pattern in only):
         return "not named in only"
     if skip is not None and any(_matches(pattern, path, mixin, name) for pattern in skip):

@@ -23,7 +23,7 @@ else:
 
 
 class Fused(Original):
-    """Base of every replacement: a mixin put in front of the original class, overriding ``forward`` only.
+    """Base of every replacement: a mixin put in front of the original class, overriding ``forward`` (or the method in it that does the work) only.
 
     A replacement keeps no state of its own: parameters, buffers, hooks and attributes stay where the original class put them, and its
     ``super().forward`` is the original forward, used whenever a call is not one the fused path takes. Names here start with ``_vk_``, so that none
@@ -32,6 +32,8 @@ class Fused(Original):
 
     _vk_op: ClassVar[str]
     """The op of :mod:`vitkernels.ops` that does the work."""
+    _vk_same_name: ClassVar[bool] = False
+    """Whether the class keeps the original's name: for zoos that look classes up by it, or write it into files."""
 
     @classmethod
     def _vk_why_not(cls, module: nn.Module, role: Role) -> str | None:
@@ -42,6 +44,16 @@ class Fused(Original):
     def _vk_weight(cls, module: nn.Module) -> Tensor:
         """The parameter whose device and dtype decide the backend."""
         raise NotImplementedError
+
+    @classmethod
+    def _vk_parts(cls, module: nn.Module) -> dict[nn.Module, type[Fused]]:
+        """Modules inside of ``module`` that are replaced together with it, because what they do then is of use to it alone."""
+        return {}
+
+    @classmethod
+    def _vk_note(cls, module: nn.Module) -> str:
+        """What a user of the replaced ``module`` has to know, for the report."""
+        return ""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
@@ -61,7 +73,8 @@ def fused_class(original: type, mixin: type[Fused]) -> type:
     pair = (original, mixin)
     if pair not in _classes:
         body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-        _classes[pair] = type(f"Fused{original.__name__}", (mixin, original), body)
+        name = original.__name__ if mixin._vk_same_name else f"Fused{original.__name__}"
+        _classes[pair] = type(name, (mixin, original), body)
         _swaps[_classes[pair]] = pair
     return _classes[pair]
 

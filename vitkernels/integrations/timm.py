@@ -1,4 +1,4 @@
-"""timm: MobileViTv2, EfficientViT (MSRA)."""
+"""timm: MobileViTv2, EfficientViT (MSRA), NaFlexVit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels.integrations._fused import Fused, Role
+from vitkernels.integrations import packed
+from vitkernels.integrations._fused import Fused, Role, fell_back
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
+from vitkernels.nn import _checks
+from vitkernels.ops import PackedLayout
 
 
 class TimmAttention(Attention):
@@ -70,10 +73,128 @@ class TimmBlock(Block):
         return self.conv_proj(self.norm(x))
 
 
+class NaFlexAttention(packed.Part):
+    """``Attention`` in a NaFlexVit."""
+
+    _vk_whole: ClassVar[str] = "NaFlexVit"
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return module.qkv.weight
+
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        """The original's arguments; ``attn_mask`` may be the layout of tokens ``x``, [T, D] or [B, N, D]."""
+        if not isinstance(attn_mask, PackedLayout):
+            return super().forward(x, attn_mask, is_causal)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, v = (tokens.flatten(0, -3) for tokens in (self.q_norm(q), self.k_norm(k), v))
+        y = self._vk_attend(q, k, v, attn_mask, self.attn_drop.p, scale=self.scale)
+        y = self.norm(y.view(*x.shape[:-1], -1))
+        gate = self._modules.get("gate")
+        return self.proj_drop(self.proj(y if gate is None else y * gate(x).sigmoid()))
+
+
+class NaFlex(Fused):
+    """``NaFlexVit``: batches padded to one length run on their real tokens alone, and no mask [B, 1, N, N] is built.
+
+    The features of padding, which the original computes from a uniform average over all tokens and which no pooling reads, are 0. Where a layer
+    draws random numbers (dropout, stochastic depth) or somebody's hook looks at tokens, the batch stays padded, so that these find what they expect;
+    then the features of padding are those of queries like any other. So it is in ``forward_intermediates``.
+    """
+
+    _vk_op: ClassVar[str] = "varlen_attention"
+    _vk_layers: ClassVar[packed.Layers] = packed.Layers(
+        {"timm.layers.attention.Attention": NaFlexAttention},
+        {
+            "timm.models.vision_transformer.Block",
+            *(f"timm.layers.{name}" for name in ("drop.DropPath", "layer_scale.LayerScale", "activations.GELUTanh")),
+            *(f"timm.layers.mlp.{name}" for name in ("Mlp", "GluMlp", "SwiGLU")),
+            *(f"timm.layers.norm.{name}" for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "SimpleNorm")),
+        },
+    )
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if not all(hasattr(module, name) for name in ("_forward_embeds", "num_prefix_tokens", "patch_drop", "rope")):
+            return "it is of a version of timm that is not known"
+        if module.rope is not None:
+            return "it has rotary position embeddings"
+        return cls._vk_layers.why_not((module.blocks, module.norm), running=False)
+
+    @classmethod
+    def _vk_parts(cls, module: Any) -> dict[nn.Module, type[Fused]]:
+        return cls._vk_layers.parts_of((module.blocks,))
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.blocks.parameters())
+
+    @classmethod
+    def _vk_note(cls, module: Any) -> str:
+        dropping = any(block.attn.attn_drop.p > 0 for block in module.blocks)
+        note = "the features of padding are not the original's (which no pooling reads)"
+        return f"{note}; attention dropout draws other masks, of the same probability" if dropping else note
+
+    def _vk_why_not_packed(self, x: Any, patch_valid: Any) -> str | None:
+        """Why the original has to run a call."""
+        if patch_valid is None:
+            return "the batch came without patch_valid"
+        for tensor in (x, patch_valid):
+            if (reason := _checks.why_not_tensor(tensor)) is not None:
+                return reason
+        if any(not isinstance(block.attn, NaFlexAttention) for block in self.blocks):
+            return "an attention in its blocks is not replaced"
+        return packed.why_not_here(self._vk_weight(self))
+
+    def _vk_real(self, patch_valid: Tensor) -> Tensor:
+        """Of all tokens, class and register tokens included, which are real: bool [B, N]."""
+        return F.pad(patch_valid.bool(), (self.num_prefix_tokens, 0), value=True)
+
+    def forward_features(
+        self, patches: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Any:
+        """The original's arguments and result."""
+        inside = (self.blocks, self.norm)
+        if (
+            attn_mask is not None
+            or patch_coord is None
+            or self._vk_why_not_packed(patches, patch_valid) is not None
+            or packed.random_now(inside)
+            or self._vk_layers.why_not(inside, running=True) is not None
+        ):
+            return super().forward_features(patches, patch_coord, patch_valid, attn_mask)
+        request = _TokensPlease()
+        features = super().forward_features(patches, patch_coord, patch_valid, request)
+        return {**features, "patches": request.tokens.unpack(features["patches"])}
+
+    def _forward_embeds(self, x: Any, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Any]:
+        """The original's arguments and result, but for a layout in the place of the mask, which the original does not build where it is given one."""
+        if isinstance(attn_mask, _TokensPlease):
+            embeds = super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
+            tokens = attn_mask.tokens = packed.real_tokens(self._vk_real(embeds["patch_valid"]))
+            return {**embeds, "patches": tokens.pack(embeds["patches"]), "attn_mask": tokens.layout}
+        if attn_mask is None:
+            reason = self._vk_why_not_packed(x, patch_valid)
+            if reason is None and self.training and self.patch_drop is not None:
+                reason = "patches are dropped, and a layer has to see the padding among the others"
+            if reason is None and (attn_mask := packed.padded_layout(self._vk_real(patch_valid))) is None:
+                reason = "patch_valid is not true for the first patches of each image and false for the others"
+            if reason is not None:
+                fell_back(self, reason)
+        return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
+
+
+class _TokensPlease:
+    """Stands for the mask on the way to ``_forward_embeds``, which answers with the tokens."""
+
+    tokens: packed.RealTokens
+
+
 TABLE: dict[str, type[Fused]] = {
     "timm.models.mobilevit.LinearSelfAttention": TimmAttention,
     "timm.models.mobilevit.LinearTransformerBlock": TimmLayer,
     "timm.models.mobilevit.MobileVitV2Block": TimmBlock,
     "timm.models.efficientvit_msra.CascadedGroupAttention": CascadedAttention,
     "timm.models.efficientvit_msra.LocalWindowAttention": WindowAttention,
+    "timm.models.naflexvit.NaFlexVit": NaFlex,
 }
