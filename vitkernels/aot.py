@@ -71,7 +71,14 @@ PACKED_OPTIONS: dict[str, dict[str, Any]] = {
     "all": {"norm": "layer", "gaps": True, "bias": True, "dropout": True, "key_heads": 4},
 }
 DTYPES = (torch.bfloat16, torch.float32)
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)

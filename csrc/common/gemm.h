@@ -28,8 +28,10 @@ using Block = Vec<T>[kRows][kVectors];
 template <int kRows, int kVectors, class T>
 __attribute__((noinline)) void gemm_block(
     int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, Block<kRows, kVectors, T>& out) {
-  Vec<T> acc[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  // So few accumulators would wait for one another: each sum is kept in four parts, which are also summed more exactly than one long chain.
+  constexpr int kParts = kRows * kVectors <= 4 ? 4 : 1;
+  Vec<T> acc[kParts][kRows][kVectors] = {};
+  const auto step = [&](int64_t k, Vec<T> (&sums)[kRows][kVectors]) __attribute__((always_inline)) {
     Vec<T> columns[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) columns[j] = load(b + k * b_row + j * kLanes<T>);
@@ -37,13 +39,25 @@ __attribute__((noinline)) void gemm_block(
     for (int i = 0; i < kRows; ++i) {
       const Vec<T> value = broadcast(a[i * a_row + k * a_col]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += value * columns[j];
+      for (int j = 0; j < kVectors; ++j) sums[i][j] += value * columns[j];
     }
+  };
+  int64_t k = 0;
+  for (; k + kParts <= depth; k += kParts) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) step(k + p, acc[p]);
   }
+  for (; k < depth; ++k) step(k, acc[0]);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) out[i][j] = acc[i][j];
+    for (int j = 0; j < kVectors; ++j) {
+      if constexpr (kParts == 4) {
+        out[i][j] = (acc[0][i][j] + acc[1][i][j]) + (acc[2][i][j] + acc[3][i][j]);
+      } else {
+        out[i][j] = acc[0][i][j];
+      }
+    }
   }
 }
 

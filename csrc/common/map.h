@@ -11,4 +11,10 @@ struct Map {
   int64_t batch_stride, dim_stride, height_stride, width_stride;
 };
 
+// A [rows, heads, columns] tensor of any strides (in elements).
+struct Rows {
+  void* data;
+  int64_t row_stride, head_stride, column_stride;
+};
+
 }  // namespace vitkernels

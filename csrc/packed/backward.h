@@ -1,7 +1,7 @@
 // The backward: recomputes the weights from the saved logsumexp (FlashAttention-2, arXiv 2307.08691, algorithm 2). A unit is a sequence and a head of keys, so that
 // every gradient has one writer:
 //
-//   P = exp(S - lse);  dP = dO V^T;  dS = P (dP - delta), delta = rowsum(dO O) - dlse
+//   P = exp(S - lse);  dP = dO V^T;  dS = P (dP - delta), delta = rowsum(P dP) - dlse
 //   dV += P^T dO;  dK += dS^T Q scale;  dQ = dS K scale
 #pragma once
 
@@ -11,8 +11,9 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
-// Deeper than the forward's: a tile's rows are the depth of the products that add to dK and dV, which pass through memory once a tile.
-constexpr int64_t kBackwardTile = 64;
+// Deeper than the forward's: a tile's rows are the depth of the products that add to dK and dV, which pass through memory once a tile. Fewer where the tile's
+// maps, whole rows of P and dP, would leave the L2 cache.
+constexpr int64_t kBackwardRows = 64, kLeastBackwardRows = 16, kMapBytes = 512 << 10;
 
 template <class T>
 void clear(T* data, int64_t count) { std::memset(data, 0, static_cast<size_t>(count) * sizeof(T)); }
@@ -29,7 +30,7 @@ class BackwardUnit {
  public:
   explicit BackwardUnit(const Backward& a)
       : a_(a), io_(storage_of<T>(a.dtype)), dim_row_(round_up(a.dim, kLanes<T>)), value_row_(round_up(a.value_dim, kLanes<T>)),
-        rows_(round_up(kBackwardTile, kBlockRows)), need_q_(a.grad_q || a.grad_q_weight || a.grad_q_bias), need_k_(a.grad_k || a.grad_k_weight || a.grad_k_bias) {}
+        need_q_(a.grad_q || a.grad_q_weight || a.grad_q_bias), need_k_(a.grad_k || a.grad_k_weight || a.grad_k_bias) {}
 
   void run(const Unit& unit, const Unit*) {
     const Segment s = segment(a_, unit.sequence);
@@ -43,10 +44,11 @@ class BackwardUnit {
     io_.load_rows(k, s.keys, a_.dim, keys, dim_row_);
     if (a_.norm != Norm::kNone) std::memcpy(raw.get(), keys.get(), static_cast<size_t>(s.keys * dim_row_) * sizeof(T));
     norm.forward(keys, s.keys);
-    pack_transposed(io_, k, s.keys, a_.dim, norm, keys_t.get());
-    pack_transposed(io_, v, s.keys, a_.value_dim, NormOf<T>(), values_t.get());
+    pack_transposed(io_, k, s.keys, a_.dim, [&](T* rows, int64_t n) { norm.forward(rows, n); }, keys_t.get());
+    pack_transposed(io_, v, s.keys, a_.value_dim, [](T*, int64_t) {}, values_t.get());
     const KeySide<T> side = {keys, keys_t, values_t, grad_k, grad_v};
-    const int64_t group = a_.heads / a_.kv_heads, queries = s.q_end - s.q_begin, tile = even_tile(queries, kBackwardTile);
+    const int64_t group = a_.heads / a_.kv_heads, queries = s.q_end - s.q_begin;
+    const int64_t tile = even_tile(queries, most_rows(s.keys));
     for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
       T* weight = partial(a_.grad_q_weight, unit.sequence, head, a_.heads);
       T* bias = partial(a_.grad_q_bias, unit.sequence, head, a_.heads);
@@ -62,6 +64,12 @@ class BackwardUnit {
   }
 
  private:
+  // Not a power of two, so that a column of a map does not fall into few sets of the cache.
+  static int64_t map_row(int64_t keys) { return round_up(keys, kLanes<T>) + kLanes<T>; }
+  static int64_t most_rows(int64_t keys) {
+    return min_of(max_of(kMapBytes / (2 * map_row(keys) * static_cast<int64_t>(sizeof(T))), kLeastBackwardRows), kBackwardRows);
+  }
+
   // A sequence's own part of a gradient of the norms, [sequences][heads][dim], zero at first; null if it is not wanted.
   T* partial(void* base, int64_t sequence, int64_t head, int64_t heads) const {
     return base ? static_cast<T*>(base) + (sequence * heads + head) * a_.dim : nullptr;
@@ -74,46 +82,51 @@ class BackwardUnit {
   void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const KeySide<T>& side, T* grad_weight, T* grad_bias) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t row = s.q_begin + first, dim_vectors = dim_row_ / lanes, value_vectors = value_row_ / lanes;
-    Buffer<T> raw(rows_ * dim_row_), q(rows_ * dim_row_), grad_out(rows_ * value_row_), grad_q(rows_ * dim_row_), delta(rows_);
-    Buffer<T> weights(rows_ * kKeyChunk), grads(rows_ * kKeyChunk), factors(a_.dropout ? rows_ * kKeyChunk : 0);
+    const int64_t width = map_row(s.keys);
+    Buffer<T> raw(rows * dim_row_), q(rows * dim_row_), grad_out(rows * value_row_), grad_q(rows * dim_row_), delta(rows);
+    Buffer<T> weights(rows * width), grads(rows * width), factors(a_.dropout ? rows * width : 0);
     io_.load_rows(io_.head(a_.q, row, head), rows, a_.dim, raw, dim_row_);
     std::memcpy(q.get(), raw.get(), static_cast<size_t>(rows * dim_row_) * sizeof(T));
     const NormOf<T> norm(a_, a_.q_norm, head);
     norm.forward(q, rows);
-    load_grad_out(row, head, rows, grad_out, delta);
+    if (a_.grad_out.data) {
+      io_.load_rows(io_.head(a_.grad_out, row, head), rows, a_.value_dim, grad_out, value_row_);
+    } else {
+      clear(grad_out.get(), rows * value_row_);
+    }
     clear(grad_q.get(), rows * dim_row_);
     const T scale = static_cast<T>(a_.scale);
-    const T* lse = static_cast<const T*>(a_.lse) + head * a_.total_q + row;
+    const int64_t vectors = ceil_div(s.keys, lanes);
+    gemm_panels<T>(rows, a_.dim, vectors, q.get(), dim_row_, 1, side.keys_t, a_.dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
+      store(weights + i * width + c * lanes, acc * scale);
+    });
+    gemm_panels<T>(rows, a_.value_dim, vectors, grad_out.get(), value_row_, 1, side.values_t, a_.value_dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
+      store(grads + i * width + c * lanes, acc);
+    });
+    if (a_.dropout) dropout_factors<T>(a_, head, row, rows, s.k_begin, s.keys, factors, width);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (a_.bias) add_bias<T>(a_, head, first + i, 0, s.keys, weights + i * width);
+      const int64_t at = head * a_.total_q + row + i;
+      const T grad_lse = a_.grad_lse ? static_cast<T>(static_cast<const double*>(a_.grad_lse)[at]) : T(0);
+      logit_gradients(static_cast<const double*>(a_.lse)[at], grad_lse, s.keys, weights + i * width, grads + i * width, a_.dropout ? factors + i * width : nullptr);
+    }
+    if (a_.grad_bias) add_to_bias(head, first, rows, s.keys, grads, width);
     for (int64_t j = 0; j < s.keys; j += kKeyChunk) {
-      const int64_t count = min_of(kKeyChunk, s.keys - j), vectors = ceil_div(count, lanes);
-      gemm_panels<T>(rows, a_.dim, vectors, q.get(), dim_row_, 1, side.keys_t + j * a_.dim, a_.dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
-        store(weights + i * kKeyChunk + c * lanes, acc * scale);
-      });
-      if (a_.bias) {
-        for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, head, first + i, j, count, weights + i * kKeyChunk);
-      }
-      gemm_panels<T>(rows, a_.value_dim, vectors, grad_out.get(), value_row_, 1, side.values_t + j * a_.value_dim, a_.value_dim * kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) {
-        store(grads + i * kKeyChunk + c * lanes, acc);
-      });
-      if (a_.dropout) dropout_factors<T>(a_, head, row, rows, s.k_begin + j, count, factors, kKeyChunk);
-      for (int64_t i = 0; i < rows; ++i) {
-        logit_gradients(lse[i], delta[i], count, weights + i * kKeyChunk, grads + i * kKeyChunk, a_.dropout ? factors + i * kKeyChunk : nullptr);
-      }
-      if (a_.grad_bias) add_to_bias(head, first, rows, j, count, grads);
+      const int64_t count = min_of(kKeyChunk, s.keys - j);
       if (a_.grad_v) {
-        gemm<T>(count, rows, value_vectors, weights.get(), 1, kKeyChunk, grad_out.get(), value_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
+        gemm<T>(count, rows, value_vectors, weights + j, 1, width, grad_out.get(), value_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
           T* at = side.grad_v + (j + i) * value_row_ + c * lanes;
           store(at, load(at) + acc);
         });
       }
       if (need_k_) {
-        gemm<T>(count, rows, dim_vectors, grads.get(), 1, kKeyChunk, q.get(), dim_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
+        gemm<T>(count, rows, dim_vectors, grads + j, 1, width, q.get(), dim_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
           T* at = side.grad_k + (j + i) * dim_row_ + c * lanes;
           store(at, load(at) + acc * scale);
         });
       }
       if (need_q_) {
-        gemm<T>(rows, count, dim_vectors, grads.get(), kKeyChunk, 1, side.keys + j * dim_row_, dim_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
+        gemm<T>(rows, count, dim_vectors, grads + j, width, 1, side.keys + j * dim_row_, dim_row_, [&](int64_t i, int64_t c, Vec<T> acc) {
           T* at = grad_q + i * dim_row_ + c * lanes;
           store(at, load(at) + acc * scale);
         });
@@ -124,49 +137,44 @@ class BackwardUnit {
     put(a_.grad_q, row, rows, head, a_.heads, a_.dim, grad_q, dim_row_);
   }
 
-  // dO of a tile, and delta.
-  void load_grad_out(int64_t row, int64_t head, int64_t rows, T* grad_out, T* delta) const {
-    if (a_.grad_out.data) {
-      Buffer<T> out(rows * value_row_);
-      io_.load_rows(io_.head(a_.grad_out, row, head), rows, a_.value_dim, grad_out, value_row_);
-      io_.load_rows({io_.place(const_cast<void*>(a_.out), row, head, a_.heads, a_.value_dim), a_.heads * a_.value_dim, 1}, rows, a_.value_dim, out, value_row_);
-      for (int64_t i = 0; i < rows; ++i) delta[i] = dot_rows<T>(grad_out + i * value_row_, out + i * value_row_, value_row_);
-    } else {
-      clear(grad_out, rows * value_row_);
-      clear(delta, rows);
-    }
-    if (!a_.grad_lse) return;
-    const T* grad_lse = static_cast<const T*>(a_.grad_lse) + head * a_.total_q + row;
-    for (int64_t i = 0; i < rows; ++i) delta[i] -= grad_lse[i];
-  }
-
-  // One row: logits to weights (with dropout's factors, as they multiplied V), dP to dS. A row that saw nothing, and a hidden key, have weight 0.
-  static void logit_gradients(T lse, T delta, int64_t count, T* weights, T* grads, const T* factors) {
+  // One row, whole: logits to weights, dP to dS. The logsumexp is subtracted in two pieces: of a large one in float the rounding alone would be 1e-6 of every
+  // weight. delta is summed from the same products it is subtracted from (not dO O, whose O is rounded): a weight of 1 leaves exactly nothing. Dropout's factors
+  // stay on the weights, as they multiplied V. A row that saw nothing, and a hidden key, have weight 0.
+  static void logit_gradients(double lse, T grad_lse, int64_t count, T* weights, T* grads, const T* factors) {
     constexpr int64_t lanes = kLanes<T>;
-    if (lse == -kInfinity<T>) {
+    if (lse == -kInfinity<double>) {
       clear(weights, round_up(count, lanes));
       clear(grads, round_up(count, lanes));
       return;
     }
+    const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
+    Vec<T> sums[2] = {};
     for (int64_t c = 0; c < count; c += lanes) {
-      const Vec<T> p = first_lanes<T>(exp(load(weights + c) - lse), count - c, T(0));
-      const Vec<T> factor = factors ? load(factors + c) : broadcast(T(1));
-      store(grads + c, p * (load(grads + c) * factor - delta));
-      store(weights + c, p * factor);
+      const Vec<T> p = first_lanes<T>(exp((load(weights + c) - high) - low), count - c, T(0));
+      const Vec<T> grad = factors ? load(grads + c) * load(factors + c) : load(grads + c);
+      sums[c / lanes % 2] += p * grad;
+      store(weights + c, p);
+      store(grads + c, grad);
+    }
+    const T delta = reduce_add<T>(sums[0] + sums[1]) - grad_lse;
+    for (int64_t c = 0; c < count; c += lanes) {
+      const Vec<T> p = load(weights + c);
+      store(grads + c, p * (load(grads + c) - delta));
+      if (factors) store(weights + c, p * load(factors + c));
     }
   }
 
   // Units of one head of keys are one unit here (see op.cpp), so that no two write to one bias.
-  void add_to_bias(int64_t head, int64_t i, int64_t rows, int64_t j, int64_t count, const T* grads) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* target = static_cast<T*>(a_.grad_bias) + (head * a_.bias_rows + i + r) * a_.bias_columns + j;
-      for (int64_t c = 0; c < count; ++c) target[c] += grads[r * kKeyChunk + c];
+  void add_to_bias(int64_t head, int64_t first, int64_t rows, int64_t keys, const T* grads, int64_t width) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      T* target = static_cast<T*>(a_.grad_bias) + (head * a_.bias_rows + first + i) * a_.bias_columns;
+      for (int64_t c = 0; c < keys; ++c) target[c] += grads[i * width + c];
     }
   }
 
   const Backward& a_;
   const Storage<T>& io_;
-  const int64_t dim_row_, value_row_, rows_;
+  const int64_t dim_row_, value_row_;
   const bool need_q_, need_k_;
 };
 

@@ -15,6 +15,14 @@ struct Running {
   T *largest, *sum;
 };
 
+// The maximum of NaN and -inf may be -inf.
+template <class T>
+inline bool has_nan(const T* row, int64_t count) {
+  bool found = false;
+  for (int64_t c = 0; c < count; ++c) found |= row[c] != row[c];
+  return found;
+}
+
 // Logits [rows][row] to put(i, c, exp(logit - largest so far)), vector by vector; `keys` of a row count, what fills up its last vector is zero. scale_by[i] is what
 // the row's earlier results are to be multiplied by.
 template <class T, class Put, class Between>
@@ -34,10 +42,10 @@ inline void softmax_chunk(
     }
     for (; c < whole; c += lanes) most[0] = max_vec(most[0], load(at + c));
     if (left) most[1] = max_vec(most[1], first_lanes<T>(load(at + whole), left, -kInfinity<T>));
-    const T before = running.largest[i];
-    const T largest = max_of(before, reduce_max<T>(max_vec(max_vec(most[0], most[1]), max_vec(most[2], most[3]))));
+    const T before = running.largest[i], here = reduce_max<T>(max_vec(max_vec(most[0], most[1]), max_vec(most[2], most[3])));
+    const T largest = here <= before ? before : here;  // here, if it is NaN
     running.largest[i] = largest;
-    if (largest == -kInfinity<T>) {  // nothing seen yet
+    if (largest == -kInfinity<T> && !has_nan(at, keys)) {  // nothing seen yet
       for (c = 0; c < keys; c += lanes) put(i, c, Vec<T>{});
       scale_by[i] = 1;
       continue;
@@ -88,7 +96,7 @@ class Products {
   int64_t weights_size(int64_t) const { return 0; }
 
   void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<T>& norm, T* keys, T* values) const {
-    pack_transposed(io_, k, count, a_.dim, norm, keys);
+    pack_transposed(io_, k, count, a_.dim, [&](T* rows, int64_t n) { norm.forward(rows, n); }, keys);
     for (int64_t c = 0; c < a_.value_dim; c += kPanel<T>) {
       io_.load_rows(v.from_column(c * io_.bytes), count, min_of(a_.value_dim - c, kPanel<T>), values + c * count, kPanel<T>);
     }
@@ -117,12 +125,11 @@ class Products {
 
 #if defined(__AVX512BF16__)
 
-// The same with bfloat16 operands, two a lane, and float accumulators. P is rounded to bfloat16, as PyTorch's attention does. Everything is kept in units of 32 bits.
+// The same with bfloat16 operands, two a lane, and float accumulators. P is rounded to bfloat16, as PyTorch's attention does.
 class PairProducts {
  public:
   explicit PairProducts(const Forward& a)
-      : a_(a), io_(storage_of<float>(a.dtype)), dim_row_(round_up(a.dim, kFloatLanes)), value_row_(round_up(a.value_dim, kFloatLanes)), pairs_(ceil_div(a.dim, 2)),
-        pairs_row_(round_up(pairs_, kFloatLanes)) {}
+      : a_(a), io_(storage_of<float>(a.dtype)), value_row_(round_up(a.value_dim, kFloatLanes)), pairs_(ceil_div(a.dim, 2)), pairs_row_(round_up(pairs_, kFloatLanes)) {}
 
   int64_t keys_size(int64_t keys) const { return round_up(keys, kKeyChunk) * pairs_; }
   int64_t values_size(int64_t keys) const { return ceil_div(keys, 2) * round_up(value_row_, kPanel<float>); }
@@ -130,51 +137,17 @@ class PairProducts {
   int64_t weights_size(int64_t rows) const { return rows * kKeyChunk / 2; }
 
   void pack(const HeadRows& k, const HeadRows& v, int64_t count, const NormOf<float>& norm, float* keys, float* values) const {
-    Buffer<float> stage(kFloatLanes * pairs_row_);
-    for (int64_t j = 0; j < count; j += kFloatLanes) {
-      const int64_t rows = min_of<int64_t>(count - j, kFloatLanes);
-      float* panel = keys + j / kPanel<float> * kPanel<float> * pairs_ + j % kPanel<float>;
-      load_queries(k.after(j * io_.bytes), rows, norm, stage);
-      for (int64_t c = 0; c < pairs_; c += kFloatLanes) {
-        Vec<float> block[kFloatLanes] = {};
-        for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * pairs_row_ + c);
-        transpose<float>(block);
-        for (int64_t i = 0; i < min_of<int64_t>(pairs_ - c, kFloatLanes); ++i) store(panel + (c + i) * kPanel<float>, block[i]);
-      }
-    }
-    pack_values(v, count, values);
+    pack_transposed_pairs(io_, k, count, a_.dim, norm.kind == Norm::kNone, [&](float* rows, int64_t n) { norm.forward(rows, n); }, keys);
+    pack_row_pairs(v, count, a_.value_dim, values);
   }
-
-  // Rows of pairs, zero from the last element on.
   void load_queries(const HeadRows& from, int64_t rows, const NormOf<float>& norm, float* queries) const {
-    if (norm.kind == Norm::kNone && from.column_stride == 1) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const BFloat16* source = static_cast<const BFloat16*>(from.data) + i * from.row_stride;
-        for (int64_t c = 0; c < pairs_row_; c += kFloatLanes) {
-          const int64_t left = min_of<int64_t>(max_of<int64_t>(a_.dim - 2 * c, 0), 2 * kFloatLanes);
-          const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-          _mm512_storeu_si512(queries + i * pairs_row_ + c, _mm512_maskz_loadu_epi16(mask, source + 2 * c));
-        }
-      }
-      return;
-    }
-    Buffer<float> wide(rows * dim_row_);
-    io_.load_rows(from, rows, a_.dim, wide, dim_row_);
-    norm.forward(wide, rows);
-    for (int64_t i = 0; i < rows; ++i) {
-      BFloat16* target = reinterpret_cast<BFloat16*>(queries + i * pairs_row_);
-      for (int64_t c = 0; c < 2 * pairs_row_; c += kFloatLanes) store(target + c, c < dim_row_ ? load(wide + i * dim_row_ + c) : Vec<float>{});
-    }
+    load_pairs(io_, from, rows, a_.dim, norm.kind == Norm::kNone, [&](float* wide, int64_t n) { norm.forward(wide, n); }, queries, pairs_row_);
   }
-
   template <class Epilogue>
   void logits(int64_t rows, int64_t j, int64_t count, const float* queries, const float* keys, const Epilogue& epilogue) const {
     gemm_pairs(rows, pairs_, ceil_div(count, kFloatLanes), queries, 2 * pairs_row_, keys + j * pairs_, pairs_ * kPanel<float>, epilogue);
   }
-  void put_weights(float*, float* weights, int64_t i, int64_t c, Vec<float> p) const {
-    const __m256bh half = _mm512_cvtneps_pbh(p);
-    std::memcpy(reinterpret_cast<BFloat16*>(weights) + i * kKeyChunk + c, &half, sizeof half);
-  }
+  void put_weights(float*, float* weights, int64_t i, int64_t c, Vec<float> p) const { store_bfloat16(weights + i * kKeyChunk / 2, c, p); }
   template <class Epilogue>
   void out(int64_t rows, int64_t j, int64_t count, int64_t keys, const float*, const float* weights, const float* values, const Epilogue& epilogue) const {
     const int64_t stride = ceil_div(keys, 2) * kPanel<float>;
@@ -182,43 +155,9 @@ class PairProducts {
   }
 
  private:
-  // gemm_panels of pairs: rows of a are a_row elements of bfloat16 apart.
-  template <class Epilogue>
-  static void gemm_pairs(int64_t rows, int64_t pairs, int64_t vectors, const float* a, int64_t a_row, const float* panels, int64_t stride, const Epilogue& epilogue) {
-    for (int64_t v = 0; v < vectors; v += 2) {
-      const uint32_t* panel = reinterpret_cast<const uint32_t*>(panels + v / 2 * stride);
-      gemm_bf16(rows, pairs, min_of<int64_t>(vectors - v, 2), reinterpret_cast<const BFloat16*>(a), a_row, panel, kPanel<float>,
-                [&](int64_t i, int64_t c, Vec<float> acc) { epilogue(i, v + c, acc); });
-    }
-  }
-  // Rows 2 j and 2 j + 1 in the low and high halves of one row.
-  void pack_values(const HeadRows& v, int64_t count, float* values) const {
-    const BFloat16* source = static_cast<const BFloat16*>(v.data);
-    const int64_t panel = ceil_div(count, 2) * kPanel<float>;
-    for (int64_t j = 0; j < count; j += 2) {
-      const BFloat16* even = source + j * v.row_stride;
-      const BFloat16* odd = j + 1 < count ? even + v.row_stride : nullptr;
-      for (int64_t c = 0; c < value_row_; c += kFloatLanes) {
-        const int64_t left = min_of<int64_t>(a_.value_dim - c, kFloatLanes);
-        const WordBits low = words(even, v.column_stride, c, left), high = odd ? words(odd, v.column_stride, c, left) : WordBits{};
-        const WordBits pair = low | high << 16;
-        std::memcpy(values + c / kPanel<float> * panel + j / 2 * kPanel<float> + c % kPanel<float>, &pair, sizeof pair);
-      }
-    }
-  }
-  static WordBits words(const BFloat16* row, int64_t stride, int64_t c, int64_t left) {
-    HalfBits bits{};
-    if (stride == 1 && left == kFloatLanes) {
-      std::memcpy(&bits, row + c, sizeof bits);
-    } else {
-      for (int64_t i = 0; i < left; ++i) bits[i] = row[(c + i) * stride].bits;
-    }
-    return __builtin_convertvector(bits, WordBits);
-  }
-
   const Forward& a_;
   const Storage<float>& io_;
-  const int64_t dim_row_, value_row_, pairs_, pairs_row_;
+  const int64_t value_row_, pairs_, pairs_row_;
 };
 
 #endif  // __AVX512BF16__
@@ -308,9 +247,9 @@ class ForwardUnit {
       });
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const T sum = running.sum[i], factor = sum > 0 ? T(1) / sum : T(0);
+      const T sum = running.sum[i], factor = sum == 0 ? T(0) : T(1) / sum;  // NaN stays NaN
       for (int64_t c = 0; c < value_row_; c += kLanes<T>) store(out + i * value_row_ + c, s.keys ? load(out + i * value_row_ + c) * factor : Vec<T>{});
-      static_cast<T*>(a_.lse)[head * a_.total_q + row + i] = running.largest[i] + std::log(sum);
+      static_cast<double*>(a_.lse)[head * a_.total_q + row + i] = static_cast<double>(running.largest[i]) + std::log(static_cast<double>(sum));
     }
     io_.store_rows(io_.place(a_.out, row, head, a_.heads, a_.value_dim), a_.heads * a_.value_dim, rows, a_.value_dim, out, value_row_);
   }
@@ -328,7 +267,7 @@ void finish_padding(const Forward& a) {
   const int64_t first = a.cu_q[a.sequences], row = a.heads * a.value_dim;
   std::memset(io.place(a.out, first, 0, a.heads, a.value_dim), 0, static_cast<size_t>((a.total_q - first) * row * io.bytes));
   for (int64_t h = 0; h < a.heads; ++h) {
-    for (int64_t i = first; i < a.total_q; ++i) static_cast<T*>(a.lse)[h * a.total_q + i] = -kInfinity<T>;
+    for (int64_t i = first; i < a.total_q; ++i) static_cast<double*>(a.lse)[h * a.total_q + i] = -kInfinity<double>;
   }
 }
 

@@ -4,15 +4,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/map.h"
 #include "packed/schedule.h"
 
 namespace vitkernels::packed {
-
-// A [rows, heads, columns] tensor of any strides (in elements).
-struct Rows {
-  void* data;
-  int64_t row_stride, head_stride, column_stride;
-};
 
 enum class Norm { kNone, kRms, kL2, kLayer };
 
@@ -42,13 +37,13 @@ struct Attention {
 
 struct Forward : Attention {
   void* out;  // contiguous [total_q, heads, value_dim]
-  void* lse;  // accumulation type [heads, total_q]
+  void* lse;  // double [heads, total_q]
 };
 
 // Pointers of gradients that are not wanted are null; those of q, k and v are contiguous.
 struct Backward : Attention {
   Rows grad_out;          // data null: zero
-  const void* grad_lse;   // contiguous, null: zero
+  const void* grad_lse;   // double, contiguous, null: zero
   const void *out, *lse;
   void *grad_q, *grad_k, *grad_v;
   void* grad_bias;        // accumulation type, contiguous [heads, bias_rows, bias_columns], zero at entry

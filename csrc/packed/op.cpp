@@ -33,7 +33,7 @@ void check_cumulative(const int32_t* cu, int64_t sequences, int64_t rows, const 
   STD_TORCH_CHECK(cu[sequences] <= rows, "vitkernels::varlen_attention: ", name, " ends at ", cu[sequences], "; it must not go beyond the ", rows, " rows");
 }
 
-packed::Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 // Everything that must outlive the kernel beside the tensors it was given.
 struct Prepared {
@@ -48,16 +48,19 @@ struct Options {
   const OptionalTensor& seed;
 };
 
-OptionalTensor norm_weight(const OptionalTensor& weight, const Tensor& lse, int64_t heads, int64_t dim) {
+void check_accumulation(const Tensor& tensor, const Tensor& q, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == accumulation_type(q), "vitkernels::varlen_attention: ", name, " must be float32 (float64 for float64)");
+}
+
+OptionalTensor norm_weight(const OptionalTensor& weight, const Tensor& q, int64_t heads, int64_t dim) {
   if (!weight) return weight;
-  check_same(*weight, lse, "a norm's weight");
+  check_accumulation(*weight, q, "a norm's weight");
   STD_TORCH_CHECK(
       weight->dim() == 2 && weight->size(0) == heads && weight->size(1) == dim, "vitkernels::varlen_attention: a norm's weight must be [heads, dim]");
   return dense(weight);
 }
 
-void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const Tensor& lse,
-          const Options& o) {
+void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const Options& o) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "vitkernels::varlen_attention: q, k and v must be 3-dimensional");
   check_same(k, q, "k");
   check_same(v, q, "v");
@@ -83,7 +86,7 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
   }
   a.q = rows_of(q), a.k = rows_of(k), a.v = rows_of(v);
   if (o.bias) {
-    check_same(*o.bias, lse, "bias");
+    check_accumulation(*o.bias, q, "bias");
     STD_TORCH_CHECK(
         o.bias->dim() == 3 && o.bias->size(0) == a.heads && o.bias->size(1) >= longest_q && o.bias->size(2) >= longest_k,
         "vitkernels::varlen_attention: bias must be [heads, longest q, longest k] at least");
@@ -94,8 +97,8 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
   STD_TORCH_CHECK(o.qk_norm >= 0 && o.qk_norm <= 3, "vitkernels::varlen_attention: qk_norm must be 0 to 3");
   a.norm = static_cast<packed::Norm>(o.qk_norm);
   a.norm_eps = o.norm_eps;
-  p.q_weight = norm_weight(o.q_weight, lse, a.heads, a.dim), p.q_bias = norm_weight(o.q_bias, lse, a.heads, a.dim);
-  p.k_weight = norm_weight(o.k_weight, lse, a.kv_heads, a.dim), p.k_bias = norm_weight(o.k_bias, lse, a.kv_heads, a.dim);
+  p.q_weight = norm_weight(o.q_weight, q, a.heads, a.dim), p.q_bias = norm_weight(o.q_bias, q, a.heads, a.dim);
+  p.k_weight = norm_weight(o.k_weight, q, a.kv_heads, a.dim), p.k_bias = norm_weight(o.k_bias, q, a.kv_heads, a.dim);
   a.q_norm = {data_of(p.q_weight), data_of(p.q_bias)}, a.k_norm = {data_of(p.k_weight), data_of(p.k_bias)};
   a.scale = o.scale;
   a.dropout = o.dropout_p > 0;
@@ -115,10 +118,10 @@ std::tuple<Tensor, Tensor> varlen_attention(
     const OptionalTensor&, const OptionalTensor& bias, const OptionalTensor& q_norm_weight, const OptionalTensor& q_norm_bias,
     const OptionalTensor& k_norm_weight, const OptionalTensor& k_norm_bias, int64_t qk_norm, double norm_eps, double scale, double dropout_p,
     const OptionalTensor& seed) {
-  Tensor lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, accumulation_type(q));
+  Tensor lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Double);
   packed::Forward a{};
   Prepared p;
-  fill(a, p, q, k, v, cu_seqlens_q, cu_seqlens_k, lse,
+  fill(a, p, q, k, v, cu_seqlens_q, cu_seqlens_k,
        {seqused_k, bias, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, qk_norm, norm_eps, scale, dropout_p, seed});
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   a.out = out.data_ptr(), a.lse = lse.data_ptr();
@@ -135,11 +138,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> varle
     bool need_norm) {
   packed::Backward a{};
   Prepared p;
-  fill(a, p, q, k, v, cu_seqlens_q, cu_seqlens_k, lse,
+  fill(a, p, q, k, v, cu_seqlens_q, cu_seqlens_k,
        {seqused_k, bias, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, qk_norm, norm_eps, scale, dropout_p, seed});
   STD_TORCH_CHECK(
-      out.numel() == a.total_q * a.heads * a.value_dim && lse.numel() == a.heads * a.total_q,
+      out.numel() == a.total_q * a.heads * a.value_dim && lse.numel() == a.heads * a.total_q && lse.scalar_type() == ScalarType::Double,
       "vitkernels::varlen_attention_backward: out and lse must be the forward's");
+  check_same(out, q, "out");
   const Tensor saved_out = dense(out), saved_lse = dense(lse);
   const OptionalTensor dense_grad_lse = dense(grad_lse);
   if (grad_out) {

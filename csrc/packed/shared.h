@@ -5,11 +5,9 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
-#include "common/gemm.h"
+#include "common/heads.h"
 #include "common/philox.h"
-#include "common/tile.h"
 #include "packed/kernels.h"
 
 namespace vitkernels {
@@ -17,82 +15,6 @@ namespace VITKERNELS_ISA {
 namespace {
 
 using namespace packed;
-
-// --- rows of a head in memory, by storage type --------------------------------------------------------------------------------------
-
-// Rows of one head: element (i, c) at data + i * row_stride + c * column_stride, of the storage type.
-struct HeadRows {
-  const void* data;
-  int64_t row_stride, column_stride;
-
-  // From a later row on, given as rows * bytes of an element.
-  HeadRows after(int64_t row_bytes) const { return {static_cast<const char*>(data) + row_bytes * row_stride, row_stride, column_stride}; }
-  // From a later column on, likewise.
-  HeadRows from_column(int64_t column_bytes) const { return {static_cast<const char*>(data) + column_bytes * column_stride, row_stride, column_stride}; }
-};
-
-template <class S>
-void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
-  using T = Arith<S>;
-  constexpr int64_t lanes = kLanes<T>;
-  const S* base = static_cast<const S*>(from.data);
-  for (int64_t i = 0; i < rows; ++i) {
-    const S* source = base + i * from.row_stride;
-    T* target = to + i * to_row;
-    if (from.column_stride == 1) {
-      for (int64_t c = 0; c < to_row; c += lanes) {
-        const int64_t left = columns - c;
-        store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
-      }
-    } else {
-      for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * from.column_stride]) : T(0);
-    }
-  }
-}
-
-template <class S>
-void store_rows(void* data, int64_t row_stride, int64_t rows, int64_t columns, const Arith<S>* from, int64_t from_row) {
-  constexpr int64_t lanes = kLanes<Arith<S>>;
-  for (int64_t i = 0; i < rows; ++i) {
-    S* target = static_cast<S*>(data) + i * row_stride;
-    const Arith<S>* source = from + i * from_row;
-    for (int64_t c = 0; c < columns; c += lanes) {
-      if (columns - c >= lanes) {
-        store(target + c, load(source + c));
-      } else {
-        store_partial(target + c, load(source + c), columns - c);
-      }
-    }
-  }
-}
-
-// How tensors are read and written, by the type they are stored in; all else is compiled for the arithmetic type alone.
-template <class T>
-struct Storage {
-  int64_t bytes;  // of an element
-  void (*load_rows)(const HeadRows& from, int64_t rows, int64_t columns, T* to, int64_t to_row);  // the padding of a row is zero
-  void (*store_rows)(void* data, int64_t row_stride, int64_t rows, int64_t columns, const T* from, int64_t from_row);
-
-  HeadRows head(const Rows& rows, int64_t row, int64_t head) const {
-    return {static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * bytes, rows.row_stride, rows.column_stride};
-  }
-  // Of a contiguous [rows, heads, columns] tensor.
-  void* place(void* data, int64_t row, int64_t head, int64_t heads, int64_t columns) const {
-    return static_cast<char*>(data) + (row * heads + head) * columns * bytes;
-  }
-};
-
-template <class S>
-constexpr Storage<Arith<S>> kStorage = {sizeof(S), load_rows<S>, store_rows<S>};
-
-template <class T>
-const Storage<T>& storage_of(Dtype dtype);
-template <>
-const Storage<double>& storage_of(Dtype) { return kStorage<double>; }
-template <>
-const Storage<float>& storage_of(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? kStorage<float> : dtype == Dtype::kBFloat16 ? kStorage<BFloat16> : kStorage<Float16>;
-}
 
 // --- sizes ----------------------------------------------------------------------------------------------------------------------------
 
@@ -131,17 +53,6 @@ void for_units(const Schedule& schedule, const MakeState& make_state) {
   });
 }
 
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-// The first `left` lanes of v, `other` in the rest.
-template <class T>
-inline Vec<T> first_lanes(Vec<T> v, int64_t left, T other) {
-  constexpr IndexVec<T> lane = make_index<T>([](int i) { return i; });
-  using Index = std::remove_cvref_t<decltype(lane[0])>;
-  return lane < static_cast<Index>(left) ? v : broadcast(other);
-}
-
 // --- normalisation of a head's vectors --------------------------------------------------------------------------------------------------
 
 // 1 / the length that a row is divided by, and the mean that is taken off first (layer only).
@@ -150,13 +61,6 @@ struct RowNorm {
   T mean, inverse;
   bool clamped;  // l2: the length is eps itself, and does not change with the row
 };
-
-template <class T>
-inline T dot_rows(const T* a, const T* b, int64_t row) {
-  Vec<T> sum{};
-  for (int64_t c = 0; c < row; c += kLanes<T>) sum += load(a + c) * load(b + c);
-  return reduce_add<T>(sum);
-}
 
 // One row [dim, padded with zeros to `row`].
 template <class T>
@@ -179,19 +83,25 @@ inline RowNorm<T> row_norm(Norm kind, T eps, const T* x, int64_t dim, int64_t ro
   return {T(0), std::sqrt(T(dim)) / max_of(length, eps), !(length > eps)};
 }
 
+// Whether bfloat16 is multiplied in pairs here.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
 template <class T>
 struct NormOf {
   Norm kind;
   T eps;
   const T *weight, *bias;  // [dim] of one head, or null
   int64_t dim, row;
-
-  // None.
-  NormOf() : kind(Norm::kNone), eps(0), weight(nullptr), bias(nullptr), dim(0), row(0) {}
+  bool rounded;  // to bfloat16, as the forward's products take them: the backward's logits have to be the forward's
 
   NormOf(const Attention& a, const HeadNorm& side, int64_t head)
       : kind(a.norm), eps(static_cast<T>(a.norm_eps)), weight(side.weight ? static_cast<const T*>(side.weight) + head * a.dim : nullptr),
-        bias(side.bias ? static_cast<const T*>(side.bias) + head * a.dim : nullptr), dim(a.dim), row(round_up(a.dim, kLanes<T>)) {}
+        bias(side.bias ? static_cast<const T*>(side.bias) + head * a.dim : nullptr), dim(a.dim), row(round_up(a.dim, kLanes<T>)),
+        rounded(kPairs && a.dtype == Dtype::kBFloat16) {}
 
   // In place.
   void forward(T* x, int64_t rows) const {
@@ -206,6 +116,13 @@ struct NormOf {
       if (bias) {
         for (int64_t c = 0; c < dim; ++c) at[c] += bias[c];
       }
+      if (rounded) round_row(at);
+    }
+  }
+
+  void round_row(T* at) const {
+    if constexpr (std::is_same_v<T, float>) {
+      for (int64_t c = 0; c < row; c += kFloatLanes) store(at + c, reinterpret_cast<Vec<float>>(round_to_bfloat16(load(at + c)) & 0xffff0000u));
     }
   }
 
@@ -276,39 +193,6 @@ inline void add_bias(const Attention& a, int64_t head, int64_t i, int64_t j, int
   int64_t c = 0;
   for (; c + kLanes<T> <= keys; c += kLanes<T>) store(logits + c, load(logits + c) + load(bias + c));
   for (; c < keys; ++c) logits[c] += bias[c];
-}
-
-// The right operands of the products lie in panels of two vectors, [depth][kPanel], one after the other: what a block of the product reads is then contiguous.
-// (As one wide matrix, 256 columns are a stride of 1 kB, and the 64 rows of a head fall into an eighth of the sets of an L1 cache.)
-template <class T>
-constexpr int64_t kPanel = 2 * kLanes<T>;
-
-// gemm over such panels, `stride` elements apart.
-template <class T, class Epilogue>
-inline void gemm_panels(int64_t rows, int64_t depth, int64_t vectors, const T* a, int64_t a_row, int64_t a_col, const T* panels, int64_t stride, const Epilogue& epilogue) {
-  for (int64_t v = 0; v < vectors; v += 2) {
-    gemm<T>(rows, depth, min_of<int64_t>(vectors - v, 2), a, a_row, a_col, panels + v / 2 * stride, kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) { epilogue(i, v + c, acc); });
-  }
-}
-
-// Rows of a head as panels [columns][kPanel], zero beyond `count` up to a whole vector: K^T.
-template <class T>
-void pack_transposed(const Storage<T>& io, const HeadRows& from, int64_t count, int64_t columns, const NormOf<T>& norm, T* panels) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t stage_row = round_up(columns, lanes);
-  Buffer<T> stage(lanes * stage_row);
-  for (int64_t j = 0; j < round_up(count, lanes); j += lanes) {
-    const int64_t rows = min_of(count - j, lanes);
-    T* panel = panels + j / kPanel<T> * kPanel<T> * columns + j % kPanel<T>;
-    io.load_rows(from.after(j * io.bytes), rows, columns, stage, stage_row);
-    norm.forward(stage, rows);
-    for (int64_t c = 0; c < columns; c += lanes) {
-      Vec<T> block[lanes] = {};
-      for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * stage_row + c);
-      transpose<T>(block);
-      for (int64_t i = 0; i < min_of(columns - c, lanes); ++i) store(panel + (c + i) * kPanel<T>, block[i]);
-    }
-  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,8 +115,8 @@ class PackedLayout:
             total_k: rows of k; default ``cu_seqlens_k[-1]``.
             seqused_k: int [S], the keys in use of each sequence.
 
-        Tensors on a GPU are checked here once, which waits for the GPU; inside a CUDA graph or a compiled region, where that cannot be, they are taken
-        as they are and all four numbers must be given.
+        Tensors on a GPU are checked here once, which waits for the GPU; inside a CUDA graph or a compiled region, where that cannot be, they are
+        taken as they are and all four numbers must be given.
 
         Raises:
             ValueError: a wrong shape, not from 0, decreasing, beyond the rows, a longest length that is too small, a mix of devices.
@@ -150,11 +151,11 @@ class PackedLayout:
         """From the image each token belongs to, for the padded-batch form.
 
         Args:
-            image_ids: integers [R, S] (or [S]): tokens of one row with one id are one image and see each other; a negative id is padding. The tokens of
-                an image are neighbours. Ids of different rows have nothing to do with each other.
+            image_ids: integers [R, S] (or [S]): tokens of one row with one id are one image and see each other; a negative id is padding. The tokens
+                of an image are neighbours. Ids of different rows have nothing to do with each other.
 
-        The layout is that of the [R * S] rows of the flattened batch; padding stays where it is and is no one's key. On a GPU, and while compiling, the
-        ids are not looked at by the host: the layout makes room for R * S sequences, and that an image's tokens are neighbours is not checked.
+        The layout is that of the [R * S] rows of the flattened batch; padding stays where it is and is no one's key. On a GPU, and while compiling,
+        the ids are not looked at by the host: the layout makes room for R * S sequences, and that an image's tokens are neighbours is not checked.
 
         Raises:
             ValueError: a wrong shape, or an image in two pieces.
@@ -206,7 +207,7 @@ class PackedLayout:
     def segments(self) -> tuple[tuple[int, int, int, int], ...]:
         """On the host, for each sequence: its first query row, the end, its first key row, the end of those in use. Waits for a GPU, once."""
         q, k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
-        used = [end - begin for begin, end in zip(k, k[1:], strict=False)] if self.seqused_k is None else self.seqused_k.tolist()
+        used = [end - begin for begin, end in itertools.pairwise(k)] if self.seqused_k is None else self.seqused_k.tolist()
         return tuple((q[s], q[s + 1], k[s], k[s] + used[s]) for s in range(len(used)))
 
     def cross(self, queries: int) -> PackedLayout:
@@ -254,7 +255,8 @@ def row_ranges(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | N
 
 def work_list(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, total_q: int, total_k: int) -> Tensor:
     """The Triton kernels' work list: both :func:`row_ranges`, then the order in which the tiles of :data:`TILE` query rows are taken, those with the
-    most keys first, and the same of the tiles of key rows; flat int32, computed on the device without waiting for it."""
+    most keys first, and the same of the tiles of key rows; flat int32, computed on the device without waiting for it.
+    """
     ranges = row_ranges(cu_seqlens_q, cu_seqlens_k, seqused_k, total_q, total_k)
     return torch.cat([r.flatten() for r in ranges] + [_long_first(r) for r in ranges])
 

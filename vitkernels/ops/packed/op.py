@@ -5,6 +5,7 @@ Reads top to bottom: the two public functions, their checks, then the torch.libr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ def varlen_attention(
         bias: [H or 1, M_q, M_k], at least as long as the longest sequences: added to the logits of every sequence by the position in it. -inf hides
             a key. Differentiable.
         scale: of the logits; default D ** -0.5.
-        dropout_p: probability of dropping an attention weight. The mask is a function of PyTorch's generator (one draw a call) and of the place of the
-            weight, the same on every backend, and stored nowhere.
+        dropout_p: probability of dropping an attention weight. The mask is a function of PyTorch's generator (one draw a call) and of the place of
+            the weight, the same on every backend, and stored nowhere.
         return_lse: also return the logsumexp of each query's logits.
         qk_norm: each head's query and key is normalised first: ``"rms"`` as ``F.rms_norm``, ``"l2"`` as ``F.normalize`` times sqrt(D) (the RMSNorm of
             vit-pytorch), ``"layer"`` as ``F.layer_norm``. Default: not.
@@ -72,8 +73,8 @@ def varlen_attention(
         k_norm_bias: [D] or [H_k, D].
         norm_eps: default 1e-6 (``"rms"``), 1e-12 (``"l2"``: least norm), 1e-5 (``"layer"``).
 
-    q, k and v share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; logits, softmax and sums are in float32 (float64 for
-    float64). Autocast casts q, k and v.
+    q, k and v share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; logits, softmax and sums are in float32 (float64
+    for float64). Autocast casts q, k and v.
 
     Returns:
         [T_q, H, D_v], contiguous; with ``return_lse`` also [H, T_q] in float32 (float64), natural logarithm. A query that sees no key, and padding
@@ -100,7 +101,7 @@ def varlen_attention(
         raise TypeError(f"{op}: both layout and cu_seqlens or seqused_k are given; it must be one of them")
     options = _Options(bias, scale, dropout_p, qk_norm, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias), norm_eps)
     out, lse = _run(op, q, k, v, layout, options)
-    return (out, lse) if return_lse else out
+    return (out, lse.to(reference.accumulation_dtype(q))) if return_lse else out
 
 
 def packed_attention(
@@ -129,7 +130,18 @@ def packed_attention(
         image_ids: integers [R, S]: tokens of one row with one id see each other; negative is padding, which costs nothing and gives 0. Or the
             :meth:`PackedLayout.from_image_ids` of them, built once for all layers.
 
-    The other arguments, dtypes and errors are those of :func:`varlen_attention`.
+        bias: [H or 1, M_q, M_k], added to the logits by the position within the image.
+        scale: of the logits; default D ** -0.5.
+        dropout_p: probability of dropping an attention weight.
+        return_lse: also return the logsumexp of each query's logits.
+        qk_norm: ``"rms"``, ``"l2"``, ``"layer"`` or None.
+        q_norm_weight: [D] or [H, D].
+        q_norm_bias: [D] or [H, D].
+        k_norm_weight: [D] or [H_k, D].
+        k_norm_bias: [D] or [H_k, D].
+        norm_eps: of the norm.
+
+    Options, dtypes and errors are those of :func:`varlen_attention`.
 
     Returns:
         [R, S, H, D_v]; with ``return_lse`` also [R, H, S].
@@ -150,24 +162,21 @@ def packed_attention(
             raise ValueError(f"{op}: image_ids is on {image_ids.device}; it must be on {q.device}, the device of q")
         layout = PackedLayout.from_image_ids(image_ids)
     options = _Options(bias, scale, dropout_p, qk_norm, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias), norm_eps)
-    out, lse = _run(op, *(x.flatten(0, 1) for x in (q, k, v)), layout, options)
+    out, lse = _run(op, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, options)
     out = out.unflatten(0, (rows, length))
-    return (out, lse.unflatten(1, (rows, length)).transpose(0, 1)) if return_lse else out
+    return (out, lse.to(reference.accumulation_dtype(q)).unflatten(1, (rows, length)).transpose(0, 1)) if return_lse else out
 
 
+@dataclass(frozen=True)
 class _Options:
     """What both functions take beside the tokens and the layout."""
 
-    def __init__(
-        self,
-        bias: Tensor | None,
-        scale: float | None,
-        dropout_p: float,
-        qk_norm: str | None,
-        norm_weights: tuple[Tensor | None, ...],
-        norm_eps: float | None,
-    ) -> None:
-        self.bias, self.scale, self.dropout_p, self.qk_norm, self.norm_weights, self.norm_eps = bias, scale, dropout_p, qk_norm, norm_weights, norm_eps
+    bias: Tensor | None
+    scale: float | None
+    dropout_p: float
+    qk_norm: str | None
+    norm_weights: tuple[Tensor | None, ...]
+    norm_eps: float | None
 
 
 _SYMBOLS = {"q": "[T_q, H, D]", "k": "[T_k, H_k, D]", "v": "[T_k, H_k, D_v]"}
@@ -204,7 +213,7 @@ def _run(op: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, o: _Opt
         namespace = torch.ops.vitkernels_triton
     else:
         work, namespace = None, torch.ops.vitkernels
-    return _define.call(  # type: ignore[no-any-return]
+    return _define.call(
         namespace.varlen_attention.default,
         _define.differentiable(q, k, v, bias, *weights),
         *(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, work, bias, *weights),
@@ -328,7 +337,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     torch._check(q.dim() == 3 and k.dim() == 3 and v.dim() == 3, lambda: "q, k and v must be 3-dimensional")
     torch._check(q.shape[2] == k.shape[2], lambda: f"q and k have head_dim {q.shape[2]} and {k.shape[2]}")
     rows, heads, _d = q.shape
-    return q.new_empty((rows, heads, v.shape[2])), q.new_empty((heads, rows), dtype=reference.accumulation_dtype(q))
+    return q.new_empty((rows, heads, v.shape[2])), q.new_empty((heads, rows), dtype=torch.float64)
 
 
 def _backward_fake(

@@ -233,9 +233,15 @@ def _kept_transposed(seed, start_q, o_k, i_h, limit, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def _load_lse(lse, o_m, m_m):
-    """The logsumexp of queries, +inf for those that see nothing (theirs is -inf), so that their weights come out as 0."""
-    b_lse = tl.load(lse + o_m, mask=m_m, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    """The logsumexp of queries in two fp32 pieces, +inf for those that see nothing (theirs is -inf), so that their weights come out as 0.
+
+    In one piece the rounding of a large one would be an error of 1e-6 in every weight.
+    """
+    b_lse = tl.load(lse + o_m, mask=m_m, other=float("-inf"))  # fp64
+    b_high = b_lse.to(tl.float32)
+    m_blind = b_high == float("-inf")
+    b_low = tl.where(m_blind, 0.0, (b_lse - b_high.to(tl.float64)).to(tl.float32))
+    return tl.where(m_blind, float("inf"), b_high), b_low
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ def varlen_attention_fwd_kernel(
     work,  # layout.work_list
     seed,  # [] int64 or None: no dropout
     out,  # [T_q, H, D_v], written
-    lse,  # [H, T_q] fp32, written
+    lse,  # [H, T_q] fp64, written
     stride_qt,
     stride_qh,
     stride_qd,
@@ -348,7 +354,7 @@ def varlen_attention_fwd_kernel(
     b_sum = tl.where(m_blind, 1.0, b_sum)
     b_out = tl.where(m_blind[:, None], 0.0, b_out * (keep_scale / b_sum)[:, None])
     _store_rows(out, start_m, m_m, heads, i_h, o_dv, m_dv, b_out, DV, BLOCK_M, INTERPRET)
-    b_lse = tl.where(m_blind, float("-inf"), b_max + tl.log(b_sum))
+    b_lse = tl.where(m_blind, float("-inf"), b_max.to(tl.float64) + tl.log(b_sum).to(tl.float64))
     tl.store(lse + i_h.to(tl.int64) * total_q + o_m, b_lse, mask=m_m)
 
 
@@ -487,7 +493,7 @@ def varlen_attention_bwd_query_kernel(
     b_q = _load_rows(q, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
     b_q, b_q_sum, b_q_offset = _folded(b_q, m_m, q_weight, q_bias, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET)
     b_g = _load_rows(grad_out, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
-    b_lse = _load_lse(lse + i_h.to(tl.int64) * total_q, o_m, m_m)  # [BLOCK_M]
+    b_high, b_low = _load_lse(lse + i_h.to(tl.int64) * total_q, o_m, m_m)  # [BLOCK_M]
     b_delta = tl.load(delta + i_h.to(tl.int64) * total_q + o_m, mask=m_m, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_means = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -503,7 +509,7 @@ def varlen_attention_bwd_query_kernel(
                 if bias is not None:
                     b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, WIDE)
                 b_s = tl.where(m_mn, b_s, float("-inf"))
-            b_p = tl.exp2((b_s - b_lse[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
+            b_p = tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
             b_v = _load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
             if seed is not None:
@@ -633,7 +639,8 @@ def varlen_attention_bwd_key_kernel(
                     if bias is not None:
                         b_s += _bias_of(bias + i_h * stride_bh, o_n, b_first, o_m, b_begin, m_nm, stride_bn, stride_bm, WIDE)
                     b_s = tl.where(m_nm, b_s, float("-inf"))
-                b_p = tl.exp2((b_s - _load_lse(lse + i_h * total_q, o_m, m_m)[None, :]) * LOG2E)  # [BLOCK_N, BLOCK_M]
+                b_high, b_low = _load_lse(lse + i_h * total_q, o_m, m_m)
+                b_p = tl.exp2(((b_s - b_high[None, :]) - b_low[None, :]) * LOG2E)  # [BLOCK_N, BLOCK_M]
                 b_g = _load_rows(g_head, m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
                 b_dropped = b_p
                 if seed is not None:
@@ -766,8 +773,8 @@ def varlen_attention_bwd_bias_kernel(
             b_k = _load_rows(k + i_hk * stride_kh, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
             b_s, _, _ = _scores(b_q, b_q_sum, b_q_offset, b_k, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
             b_s += b_bias
-            b_lse = _load_lse(lse + i_h * total_q, q_begin + o_m, m_m)
-            b_p = tl.where(m_n[None, :], tl.exp2((b_s - b_lse[:, None]) * LOG2E), 0.0)  # [BLOCK_M, BLOCK_N]
+            b_high, b_low = _load_lse(lse + i_h * total_q, q_begin + o_m, m_m)
+            b_p = tl.where(m_n[None, :], tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E), 0.0)  # [BLOCK_M, BLOCK_N]
             b_g = _load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
             b_v = _load_rows(v + i_hk * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
@@ -787,7 +794,7 @@ def varlen_attention_bwd_bias_kernel(
 def forward_tile(dim: int, dtype: torch.dtype, *, norm: bool, extras: bool) -> Tile:
     """The forward. ``dim``: the wider of both head dims; ``extras``: with a bias or dropout, which take registers, as a norm does."""
     if dtype is torch.float32:
-        return _tile(16 if extras else 32, 32, 8, registers=255)
+        return _tile(16 if extras or dim > 64 else 32, 32, 8, registers=255 if extras or dim <= 64 else None)
     return _tile(64, 32 if norm or extras or dim > 128 else 64, 4 if dim <= 64 else 8, registers=128 if dim <= 32 else None)
 
 
@@ -929,7 +936,7 @@ def varlen_attention(
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     c = _Call.of((q, k, v), bias, seqused_k, norms, qk_norm, norm_eps, scale, dropout_p)
     out = q.new_empty((c.total_q, c.heads, c.value_dim))
-    lse = q.new_empty((c.heads, c.total_q), dtype=torch.float32)
+    lse = q.new_empty((c.heads, c.total_q), dtype=torch.float64)
     if work is None:
         work = layout.work_list(cu_seqlens_q, cu_seqlens_k, seqused_k, c.total_q, c.total_k)
     tile = _fill(forward_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
@@ -988,7 +995,7 @@ def varlen_attention_backward(
     grad_norms = [wanted(need_norm, w) for w in norms]
     need_query, need_key = need_q or _any(grad_norms[:2]), need_k or _any(grad_norms[2:])
 
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse, dtype=torch.float32)
     rows = _strides(grad_out, q, k, v, bias)
     with shared.on(q):
         if need_query or need_key or need_bias:

@@ -1,0 +1,232 @@
+// Rows of attention heads: in and out of tensors of any strides, and as the operands of the products of attention.
+#pragma once
+
+#include <limits>
+
+#include "common/gemm.h"
+#include "common/map.h"
+#include "common/tile.h"
+
+namespace vitkernels {
+namespace VITKERNELS_ISA {
+namespace {
+
+// Rows of one head: element (i, c) at data + i * row_stride + c * column_stride, of the storage type.
+struct HeadRows {
+  const void* data;
+  int64_t row_stride, column_stride;
+
+  // From a later row on, given as rows * bytes of an element.
+  HeadRows after(int64_t row_bytes) const { return {static_cast<const char*>(data) + row_bytes * row_stride, row_stride, column_stride}; }
+  // From a later column on, likewise.
+  HeadRows from_column(int64_t column_bytes) const { return {static_cast<const char*>(data) + column_bytes * column_stride, row_stride, column_stride}; }
+};
+
+template <class S>
+void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
+  using T = Arith<S>;
+  constexpr int64_t lanes = kLanes<T>;
+  const S* base = static_cast<const S*>(from.data);
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* source = base + i * from.row_stride;
+    T* target = to + i * to_row;
+    if (from.column_stride == 1) {
+      for (int64_t c = 0; c < to_row; c += lanes) {
+        const int64_t left = columns - c;
+        store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
+      }
+    } else {
+      for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * from.column_stride]) : T(0);
+    }
+  }
+}
+
+template <class S>
+void store_rows(void* data, int64_t row_stride, int64_t rows, int64_t columns, const Arith<S>* from, int64_t from_row) {
+  constexpr int64_t lanes = kLanes<Arith<S>>;
+  for (int64_t i = 0; i < rows; ++i) {
+    S* target = static_cast<S*>(data) + i * row_stride;
+    const Arith<S>* source = from + i * from_row;
+    for (int64_t c = 0; c < columns; c += lanes) {
+      if (columns - c >= lanes) {
+        store(target + c, load(source + c));
+      } else {
+        store_partial(target + c, load(source + c), columns - c);
+      }
+    }
+  }
+}
+
+// How tensors are read and written, by the type they are stored in; all else is compiled for the arithmetic type alone.
+template <class T>
+struct Storage {
+  int64_t bytes;  // of an element
+  void (*load_rows)(const HeadRows& from, int64_t rows, int64_t columns, T* to, int64_t to_row);  // the padding of a row is zero
+  void (*store_rows)(void* data, int64_t row_stride, int64_t rows, int64_t columns, const T* from, int64_t from_row);
+
+  HeadRows head(const Rows& rows, int64_t row, int64_t head) const {
+    return {static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * bytes, rows.row_stride, rows.column_stride};
+  }
+  // Of a contiguous [rows, heads, columns] tensor.
+  void* place(void* data, int64_t row, int64_t head, int64_t heads, int64_t columns) const {
+    return static_cast<char*>(data) + (row * heads + head) * columns * bytes;
+  }
+};
+
+template <class S>
+constexpr Storage<Arith<S>> kStorage = {sizeof(S), load_rows<S>, store_rows<S>};
+
+template <class T>
+const Storage<T>& storage_of(Dtype dtype);
+template <>
+const Storage<double>& storage_of(Dtype) { return kStorage<double>; }
+template <>
+const Storage<float>& storage_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? kStorage<float> : dtype == Dtype::kBFloat16 ? kStorage<BFloat16> : kStorage<Float16>;
+}
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// The first `left` lanes of v, `other` in the rest.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t left, T other) {
+  constexpr IndexVec<T> lane = make_index<T>([](int i) { return i; });
+  using Index = std::remove_cvref_t<decltype(lane[0])>;
+  return lane < static_cast<Index>(left) ? v : broadcast(other);
+}
+
+template <class T>
+inline T dot_rows(const T* a, const T* b, int64_t row) {
+  Vec<T> sum{};
+  for (int64_t c = 0; c < row; c += kLanes<T>) sum += load(a + c) * load(b + c);
+  return reduce_add<T>(sum);
+}
+
+// The right operands of the products lie in panels of two vectors, [depth][kPanel], one after the other: what a block of the product reads is then contiguous.
+// (As one wide matrix, 256 columns are a stride of 1 kB, and the 64 rows of a head fall into an eighth of the sets of an L1 cache.)
+template <class T>
+constexpr int64_t kPanel = 2 * kLanes<T>;
+
+// gemm over such panels, `stride` elements apart.
+template <class T, class Epilogue>
+inline void gemm_panels(int64_t rows, int64_t depth, int64_t vectors, const T* a, int64_t a_row, int64_t a_col, const T* panels, int64_t stride, const Epilogue& epilogue) {
+  for (int64_t v = 0; v < vectors; v += 2) {
+    gemm<T>(rows, depth, min_of<int64_t>(vectors - v, 2), a, a_row, a_col, panels + v / 2 * stride, kPanel<T>, [&](int64_t i, int64_t c, Vec<T> acc) { epilogue(i, v + c, acc); });
+  }
+}
+
+// Rows of a head as panels [columns][kPanel], zero beyond `count` up to a whole vector: K^T. change(rows, count) may work on what was loaded.
+template <class T, class Change>
+void pack_transposed(const Storage<T>& io, const HeadRows& from, int64_t count, int64_t columns, const Change& change, T* panels) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t stage_row = round_up(columns, lanes);
+  Buffer<T> stage(lanes * stage_row);
+  for (int64_t j = 0; j < round_up(count, lanes); j += lanes) {
+    const int64_t rows = min_of(count - j, lanes);
+    T* panel = panels + j / kPanel<T> * kPanel<T> * columns + j % kPanel<T>;
+    io.load_rows(from.after(j * io.bytes), rows, columns, stage, stage_row);
+    change(stage.get(), rows);
+    for (int64_t c = 0; c < columns; c += lanes) {
+      Vec<T> block[lanes] = {};
+      for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * stage_row + c);
+      transpose<T>(block);
+      for (int64_t i = 0; i < min_of(columns - c, lanes); ++i) store(panel + (c + i) * kPanel<T>, block[i]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+// --- bfloat16 in pairs, two products a lane ---------------------------------------------------------------------------------------------
+// Everything is kept in units of 32 bits, so that a float buffer holds it. The rows of a left operand are plain bfloat16 of even length; panels hold rows 2 c and
+// 2 c + 1 of the right operand in the low and high halves of one row.
+
+// Rows of a head, `row` pairs each, zero from column `columns` on. change(floats, rows) works on rows of round_up(columns, lanes) floats; `plain`: it does nothing.
+template <class Change>
+void load_pairs(const Storage<float>& io, const HeadRows& from, int64_t rows, int64_t columns, bool plain, const Change& change, float* to, int64_t row) {
+  if (plain && from.column_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const BFloat16* source = static_cast<const BFloat16*>(from.data) + i * from.row_stride;
+      for (int64_t c = 0; c < row; c += kFloatLanes) {
+        const int64_t left = min_of<int64_t>(max_of<int64_t>(columns - 2 * c, 0), 2 * kFloatLanes);
+        const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+        _mm512_storeu_si512(to + i * row + c, _mm512_maskz_loadu_epi16(mask, source + 2 * c));
+      }
+    }
+    return;
+  }
+  const int64_t wide_row = round_up(columns, kFloatLanes);
+  Buffer<float> wide(rows * wide_row);
+  io.load_rows(from, rows, columns, wide, wide_row);
+  change(wide.get(), rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    BFloat16* target = reinterpret_cast<BFloat16*>(to + i * row);
+    for (int64_t c = 0; c < 2 * row; c += kFloatLanes) store(target + c, c < wide_row ? load(wide + i * wide_row + c) : Vec<float>{});
+  }
+}
+
+// Rows of a head as panels [pairs of columns][kPanel]: K^T.
+template <class Change>
+void pack_transposed_pairs(const Storage<float>& io, const HeadRows& from, int64_t count, int64_t columns, bool plain, const Change& change, float* panels) {
+  const int64_t pairs = ceil_div(columns, 2), row = round_up(pairs, kFloatLanes);
+  Buffer<float> stage(kFloatLanes * row);
+  for (int64_t j = 0; j < count; j += kFloatLanes) {
+    const int64_t rows = min_of<int64_t>(count - j, kFloatLanes);
+    float* panel = panels + j / kPanel<float> * kPanel<float> * pairs + j % kPanel<float>;
+    load_pairs(io, from.after(j * io.bytes), rows, columns, plain, change, stage, row);
+    for (int64_t c = 0; c < pairs; c += kFloatLanes) {
+      Vec<float> block[kFloatLanes] = {};
+      for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * row + c);
+      transpose<float>(block);
+      for (int64_t i = 0; i < min_of<int64_t>(pairs - c, kFloatLanes); ++i) store(panel + (c + i) * kPanel<float>, block[i]);
+    }
+  }
+}
+
+inline WordBits half_words(const BFloat16* row, int64_t stride, int64_t c, int64_t left) {
+  HalfBits bits{};
+  if (stride == 1 && left == kFloatLanes) {
+    std::memcpy(&bits, row + c, sizeof bits);
+  } else {
+    for (int64_t i = 0; i < left; ++i) bits[i] = row[(c + i) * stride].bits;
+  }
+  return __builtin_convertvector(bits, WordBits);
+}
+
+// Rows of a head as panels [pairs of rows][kPanel]: V.
+inline void pack_row_pairs(const HeadRows& from, int64_t count, int64_t columns, float* panels) {
+  const BFloat16* source = static_cast<const BFloat16*>(from.data);
+  const int64_t panel = ceil_div(count, 2) * kPanel<float>;
+  for (int64_t j = 0; j < count; j += 2) {
+    const BFloat16* even = source + j * from.row_stride;
+    const BFloat16* odd = j + 1 < count ? even + from.row_stride : nullptr;
+    for (int64_t c = 0; c < columns; c += kFloatLanes) {
+      const int64_t left = min_of<int64_t>(columns - c, kFloatLanes);
+      const WordBits low = half_words(even, from.column_stride, c, left), high = odd ? half_words(odd, from.column_stride, c, left) : WordBits{};
+      const WordBits pair = low | high << 16;
+      std::memcpy(panels + c / kPanel<float> * panel + j / 2 * kPanel<float> + c % kPanel<float>, &pair, sizeof pair);
+    }
+  }
+}
+
+inline void store_bfloat16(float* row, int64_t c, Vec<float> v) {
+  const __m256bh half = _mm512_cvtneps_pbh(v);
+  std::memcpy(reinterpret_cast<BFloat16*>(row) + c, &half, sizeof half);
+}
+
+// gemm_panels of pairs: rows of a are a_row elements of bfloat16 apart.
+template <class Epilogue>
+inline void gemm_pairs(int64_t rows, int64_t pairs, int64_t vectors, const float* a, int64_t a_row, const float* panels, int64_t stride, const Epilogue& epilogue) {
+  for (int64_t v = 0; v < vectors; v += 2) {
+    const uint32_t* panel = reinterpret_cast<const uint32_t*>(panels + v / 2 * stride);
+    gemm_bf16(rows, pairs, min_of<int64_t>(vectors - v, 2), reinterpret_cast<const BFloat16*>(a), a_row, panel, kPanel<float>,
+              [&](int64_t i, int64_t c, Vec<float> acc) { epilogue(i, v + c, acc); });
+  }
+}
+
+#endif  // __AVX512BF16__
+
+}  // namespace
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels
