@@ -364,7 +364,7 @@ def test_nothing_is_as_large_as_a_mask_and_nothing_waits(options: dict[str, Any]
 
 @needs_native
 def test_saved_bytes_grow_with_the_tokens_alone() -> None:
-    """Beside q, k, v: the output and one float32 for each query and head, whatever the lengths are, with dropout and norms, too."""
+    """Beside q, k, v: the output and one float64 for each query and head, whatever the lengths are, with dropout and norms, too."""
 
     def saved(lengths: list[int], **options: Any) -> int:
         layout = PackedLayout.from_lengths(lengths)
@@ -382,7 +382,7 @@ def test_saved_bytes_grow_with_the_tokens_alone() -> None:
         return sum(size for pointer, size in kept.items() if pointer not in given)
 
     def of(rows: int) -> int:
-        return rows * 4 * (32 * 2 + 4)
+        return rows * 4 * (32 * 2 + 8)
 
     assert saved([1024]) == saved([512, 512]) == saved([1] * 1024) == of(1024)
     assert saved([4096]) == of(4096)
