@@ -178,8 +178,8 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
     yield make("layer", (9, 3, 20), qk_norm="layer", dim=33, norm="wb")
     yield make("layer of every head, without weights", (9, 3, 70), qk_norm="layer")
     yield make("layer of every head", (9, 3, 20), qk_norm="layer", norm="WB")
-    # Logits with a standard deviation of 50: one float32 for the logsumexp would leave more error than eager has, whose softmax of one key that outweighs
-    # all others is exactly 1.
+    # Logits with a standard deviation of 50: one float32 for the logsumexp would leave more error than eager has, whose softmax of one key that
+    # outweighs all others is exactly 1.
     yield make("large logits", (9, 3, 20), logits=50.0)
     yield make("one projection", (9, 3, 20), arrange=_of_one_projection)
     yield make("three projections", (9, 3, 20), value_dim=8, arrange=_of_three_projections)
