@@ -137,6 +137,13 @@ class BackwardUnit {
     put(a_.grad_q, row, rows, head, a_.heads, a_.dim, grad_q, dim_row_);
   }
 
+  // What float64 has no wider type for: by how much the rounded logsumexp falls short, from the sum of the weights that follow from it.
+  static T excess(const T* logits, int64_t count, T lse) {
+    Vec<T> sum{};
+    for (int64_t c = 0; c < count; c += kLanes<T>) sum += first_lanes<T>(exp(load(logits + c) - lse), count - c, T(0));
+    return std::log(reduce_add<T>(sum));
+  }
+
   // One row, whole: logits to weights, dP to dS. The logsumexp is subtracted in two pieces: of a large one in float the rounding alone would be 1e-6 of every
   // weight. delta is summed from the same products it is subtracted from (not dO O, whose O is rounded): a weight of 1 leaves exactly nothing. Dropout's factors
   // stay on the weights, as they multiplied V. A row that saw nothing, and a hidden key, have weight 0.
@@ -147,7 +154,9 @@ class BackwardUnit {
       clear(grads, round_up(count, lanes));
       return;
     }
-    const T high = static_cast<T>(lse), low = static_cast<T>(lse - static_cast<double>(high));
+    const T high = static_cast<T>(lse);
+    T low = static_cast<T>(lse - static_cast<double>(high));
+    if constexpr (std::is_same_v<T, double>) low = excess(weights, count, high);
     Vec<T> sums[2] = {};
     for (int64_t c = 0; c < count; c += lanes) {
       const Vec<T> p = first_lanes<T>(exp((load(weights + c) - high) - low), count - c, T(0));
