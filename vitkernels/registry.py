@@ -99,6 +99,10 @@ class OpSpec:
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
+        known_inexact: kernels that break the accuracy rule and are not mended yet, as (backend, dtype, name of the sample): expected failures in the
+            interpreter, which have to go once they are mended. The README names them, and `vitkernels verify` judges a GPU without them.
+        tiles_span_images: backends whose tiles hold rows of several images, so that a NaN in v reaches an image beside its own (0 * NaN), as it does
+            under a dense mask.
         schema: the op of ``torch.ops.vitkernels`` underneath; by default, the one of that name.
         kept_by_autocast: parameters of ``function`` that autocast leaves in their own dtype, as ``F.batch_norm`` leaves its weight and bias.
 
@@ -117,6 +121,8 @@ class OpSpec:
     working_activations: tuple[int, int] = (1, 1)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
+    known_inexact: tuple[tuple[str, torch.dtype, str], ...] = ()
+    tiles_span_images: tuple[str, ...] = ()
     schema: str = ""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,9 @@ from .oracle import Case, Target, as_tuple, assert_obeys_the_rule, mapped, one_c
 pytestmark = pytest.mark.kernel
 
 
-def test_no_worse_than_twice_eager(case: Case, poison: None) -> None:
+def test_no_worse_than_twice_eager(case: Case, poison: None, request: pytest.FixtureRequest) -> None:
+    if case.target.interpreted and (case.target.backend, case.dtype, case.name) in case.target.spec.known_inexact:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="known, and named in the README"))
     assert_obeys_the_rule(case.target, case.sample(grad=True))
 
 
@@ -46,6 +48,8 @@ def test_nan_reaches_the_output(target: Target) -> None:
             for e, g in zip(expected, got, strict=True):
                 assert g.isnan()[e.isnan()].all(), f"{sample.name}: a NaN in {name} does not reach all that it reaches in eager"
                 untouched = ~e.isnan().reshape(e.shape[0], e.shape[1:].numel()).any(1)  # images; of packed ones, tokens; of statistics, channels
+                if name == "v" and target.backend in target.spec.tiles_span_images:
+                    continue
                 assert not g[untouched].isnan().any(), f"{sample.name}: a NaN in {name} reaches another image of the batch"
 
 

@@ -435,6 +435,8 @@ SPECS = (
         saved_bytes=_saved,
         peers={"SDPA, dense mask": _with_dense_mask, "SDPA per image": _per_image, "SDPA padded to the longest": _padded_to_the_longest},
         kept_by_autocast=_AUTOCAST_KEEPS,
+        known_inexact=(("triton", torch.float32, "l2, scale 1"),),
+        tiles_span_images=("triton",),
     ),
     OpSpec(
         name="packed_attention",
@@ -448,6 +450,8 @@ SPECS = (
         saved_bytes=_saved,
         peers={"SDPA, dense mask": _packed_with_dense_mask, "SDPA per image": _packed_per_image},
         kept_by_autocast=_AUTOCAST_KEEPS,
+        known_inexact=(("triton", torch.float32, "4x20, grouped heads, l2"),),
+        tiles_span_images=("triton",),
         schema="varlen_attention",
     ),
 )
