@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vitkernels
 from vitkernels.accuracy import Comparison
 
 from . import conftest  # noqa: F401  a process that a test starts needs conftest's torchvision too
@@ -325,6 +326,25 @@ def settle(model: nn.Module, images: Batch) -> nn.Module:
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value
     return model
+
+
+def pair(model: nn.Module, images: Batch, **options: object) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
+    """A settled model, its accelerated copy, and the handle of that."""
+    original = settle(model, images)
+    accelerated = copy.deepcopy(original)
+    return original, accelerated, vitkernels.accelerate(accelerated, **options)
+
+
+def reasons(handle: vitkernels.Handle) -> dict[str, str]:
+    """Why each module was left alone, by its path."""
+    return {record.path: record.reason for record in handle.skipped}
+
+
+def under_autocast(model: nn.Module, images: Batch, training: bool) -> dict[str, Tensor]:
+    """:func:`results` in bfloat16 autocast; of a float64 batch, the truth, without."""
+    exact = any(isinstance(leaf, Tensor) and leaf.dtype is torch.float64 for leaf in pytree.tree_leaves(images))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+        return results(model, images, training=training)
 
 
 def logits(output: Any) -> Tensor:

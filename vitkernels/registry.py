@@ -65,6 +65,11 @@ class BadInput:
     exception: type[Exception]
     words: tuple[str, ...]
 
+    @staticmethod
+    def of(name: str, exception: type[Exception], words: tuple[str, ...], *args: Any, **kwargs: Any) -> BadInput:
+        """The call with these arguments."""
+        return BadInput(name, Sample(name, args, kwargs), exception, words)
+
 
 @dataclass(frozen=True)
 class BenchCase:

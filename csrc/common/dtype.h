@@ -16,3 +16,12 @@ struct Float16 {
 };
 
 }  // namespace vitkernels
+
+// The body of a function of arguments `a`: returns function<S>(a) for the storage type S that a.dtype names.
+#define VITKERNELS_FOR_DTYPE(function)                                               \
+  switch (a.dtype) {                                                                 \
+    case ::vitkernels::Dtype::kFloat64: return function<double>(a);                  \
+    case ::vitkernels::Dtype::kFloat32: return function<float>(a);                   \
+    case ::vitkernels::Dtype::kBFloat16: return function<::vitkernels::BFloat16>(a); \
+    case ::vitkernels::Dtype::kFloat16: return function<::vitkernels::Float16>(a);   \
+  }

@@ -163,15 +163,18 @@ class PairProducts {
 #endif  // __AVX512BF16__
 
 // Fetches the rows of a coming unit while this one computes, a row at a time: rows of one head are far apart, and no hardware prefetcher sees them coming.
+template <class T>
 class Prefetch {
  public:
-  Prefetch(const Attention& a, int64_t bytes, const Unit* unit) {
+  Prefetch(const Attention& a, const Storage<T>& io, const Unit* unit) {
     if (!unit) return;
     const Segment s = segment(a, unit->sequence);
-    const int64_t group = a.heads / a.kv_heads;
-    add(a.q, s.q_begin + unit->q_begin, unit->kv_head * group, unit->q_end - unit->q_begin, a.dim, bytes);
-    add(a.k, s.k_begin, unit->kv_head, s.keys, a.dim, bytes);
-    add(a.v, s.k_begin, unit->kv_head, s.keys, a.value_dim, bytes);
+    const auto side = [&](const HeadRows& rows, int64_t count, int64_t columns) -> Side {
+      return {static_cast<const char*>(rows.data), rows.column_stride == 1 ? count : 0, columns * io.bytes, rows.row_stride * io.bytes};
+    };
+    sides_[0] = side(io.head(a.q, s.q_begin + unit->q_begin, unit->kv_head * (a.heads / a.kv_heads)), unit->q_end - unit->q_begin, a.dim);
+    sides_[1] = side(io.head(a.k, s.k_begin, unit->kv_head), s.keys, a.dim);
+    sides_[2] = side(io.head(a.v, s.k_begin, unit->kv_head), s.keys, a.value_dim);
   }
   void row() {
     for (Side& side : sides_) {
@@ -187,12 +190,7 @@ class Prefetch {
     const char* at;
     int64_t left, size, step;
   };
-  void add(const Rows& rows, int64_t row, int64_t head, int64_t count, int64_t columns, int64_t bytes) {
-    sides_[sides_used_++] = {static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * bytes, rows.column_stride == 1 ? count : 0,
-                             columns * bytes, rows.row_stride * bytes};
-  }
   Side sides_[3] = {};
-  int sides_used_ = 0;
 };
 
 template <class T, class P>
@@ -205,7 +203,7 @@ class ForwardUnit {
     const Segment s = segment(a_, unit.sequence);
     Buffer<T> keys(products_.keys_size(s.keys)), values(products_.values_size(s.keys));
     products_.pack(io_.head(a_.k, s.k_begin, unit.kv_head), io_.head(a_.v, s.k_begin, unit.kv_head), s.keys, NormOf<T>(a_, a_.k_norm, unit.kv_head), keys.get(), values.get());
-    Prefetch prefetch(a_, io_.bytes, next);
+    Prefetch<T> prefetch(a_, io_, next);
     const int64_t group = a_.heads / a_.kv_heads, tile = even_tile(unit.q_end - unit.q_begin, kQueryTile);
     for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
       for (int64_t i = unit.q_begin; i < unit.q_end; i += tile) this->tile(s, head, i, min_of<int64_t>(tile, unit.q_end - i), keys, values, prefetch);
@@ -213,7 +211,7 @@ class ForwardUnit {
   }
 
  private:
-  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values, Prefetch& prefetch) {
+  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values, Prefetch<T>& prefetch) {
     Buffer<T> q(products_.queries_size(rows_)), logits(rows_ * kKeyChunk), weights(products_.weights_size(rows_)), out(rows_ * value_row_);
     Buffer<T> factors(a_.dropout ? rows_ * kKeyChunk : 0), small(3 * rows_);
     const Running<T> running = {small.get(), small + rows_};
@@ -228,18 +226,16 @@ class ForwardUnit {
       if (a_.bias) {
         for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, head, first + i, j, count, logits + i * kKeyChunk);
       }
-      const auto between = [&] {
-        if (j == 0) prefetch.row();
+      const auto weigh = [&](const auto& put) {
+        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, put, [&] {
+          if (j == 0) prefetch.row();
+        });
       };
       if (a_.dropout) {
         dropout_factors<T>(a_, head, row, rows, s.k_begin + j, count, factors, kKeyChunk);
-        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, [&](int64_t i, int64_t c, Vec<T> p) {
-          products_.put_weights(logits, weights, i, c, p * load(factors + i * kKeyChunk + c));
-        }, between);
+        weigh([&](int64_t i, int64_t c, Vec<T> p) { products_.put_weights(logits, weights, i, c, p * load(factors + i * kKeyChunk + c)); });
       } else {
-        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, [&](int64_t i, int64_t c, Vec<T> p) {
-          products_.put_weights(logits, weights, i, c, p);
-        }, between);
+        weigh([&](int64_t i, int64_t c, Vec<T> p) { products_.put_weights(logits, weights, i, c, p); });
       }
       products_.out(rows, j, count, s.keys, logits.get(), weights.get(), values, [&](int64_t i, int64_t c, Vec<T> acc) {
         T* at = out + i * value_row_ + c * kLanes<T>;

@@ -44,7 +44,7 @@ struct Forward : Attention {
 struct Backward : Attention {
   Rows grad_out;          // data null: zero
   const void* grad_lse;   // double, contiguous, null: zero
-  const void *out, *lse;
+  const void* lse;
   void *grad_q, *grad_k, *grad_v;
   void* grad_bias;        // accumulation type, contiguous [heads, bias_rows, bias_columns], zero at entry
   int64_t bias_rows, bias_columns;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/lengths.h"
 #include "common/parallel.h"
 #include "common/stable.h"
 #include "packed/kernels.h"
@@ -11,26 +12,11 @@
 namespace vitkernels {
 namespace {
 
+constexpr const char* kOp = "varlen_attention";
+
 const packed::Kernels& kernels() {
   static const packed::Kernels& table = []() -> const packed::Kernels& { VITKERNELS_SELECT_KERNELS(packed_kernels) }();
   return table;
-}
-
-// Lengths are checked in Python with full messages where it can read them; here they guard memory, also under torch.compile.
-const int32_t* lengths_of(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.size(0) == count && tensor.is_contiguous(), "vitkernels::varlen_attention: ", name,
-      " must be contiguous int32 of ", count, " elements");
-  return static_cast<const int32_t*>(tensor.data_ptr());
-}
-
-void check_cumulative(const int32_t* cu, int64_t sequences, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(cu[0] == 0, "vitkernels::varlen_attention: ", name, " starts at ", cu[0], "; it must start at 0");
-  for (int64_t s = 0; s < sequences; ++s) {
-    STD_TORCH_CHECK(
-        cu[s] <= cu[s + 1], "vitkernels::varlen_attention: ", name, " falls from ", cu[s], " to ", cu[s + 1], " at ", s + 1, "; it must not decrease");
-  }
-  STD_TORCH_CHECK(cu[sequences] <= rows, "vitkernels::varlen_attention: ", name, " ends at ", cu[sequences], "; it must not go beyond the ", rows, " rows");
 }
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
@@ -71,21 +57,19 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
   a.sequences = cu_q.size(0) - 1;
   STD_TORCH_CHECK(a.sequences >= 0, "vitkernels::varlen_attention: cu_seqlens_q must have at least one element");
   a.total_q = q.size(0), a.total_k = k.size(0), a.heads = q.size(1), a.kv_heads = k.size(1), a.dim = q.size(2), a.value_dim = v.size(2);
-  a.cu_q = lengths_of(cu_q, a.sequences + 1, "cu_seqlens_q");
-  a.cu_k = lengths_of(cu_k, a.sequences + 1, "cu_seqlens_k");
-  a.used_k = o.seqused_k ? lengths_of(*o.seqused_k, a.sequences, "seqused_k") : nullptr;
-  check_cumulative(a.cu_q, a.sequences, a.total_q, "cu_seqlens_q");
-  check_cumulative(a.cu_k, a.sequences, a.total_k, "cu_seqlens_k");
-  int64_t longest_q = 0, longest_k = 0;
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t keys = a.cu_k[s + 1] - a.cu_k[s];
-    longest_q = std::max<int64_t>(longest_q, a.cu_q[s + 1] - a.cu_q[s]);
-    longest_k = std::max(longest_k, keys);
-    STD_TORCH_CHECK(
-        !a.used_k || (a.used_k[s] >= 0 && a.used_k[s] <= keys), "vitkernels::varlen_attention: seqused_k[", s, "] must be between 0 and ", keys);
-  }
+  a.cu_q = int32_values(cu_q, a.sequences + 1, kOp, "cu_seqlens_q");
+  a.cu_k = int32_values(cu_k, a.sequences + 1, kOp, "cu_seqlens_k");
+  a.used_k = o.seqused_k ? int32_values(*o.seqused_k, a.sequences, kOp, "seqused_k") : nullptr;
+  check_cumulative(a.cu_q, a.sequences, a.total_q, kOp, "cu_seqlens_q");
+  check_cumulative(a.cu_k, a.sequences, a.total_k, kOp, "cu_seqlens_k");
+  check_used(a.used_k, a.cu_k, a.sequences, kOp, "seqused_k");
   a.q = rows_of(q), a.k = rows_of(k), a.v = rows_of(v);
   if (o.bias) {
+    int64_t longest_q = 0, longest_k = 0;
+    for (int64_t s = 0; s < a.sequences; ++s) {
+      longest_q = std::max<int64_t>(longest_q, a.cu_q[s + 1] - a.cu_q[s]);
+      longest_k = std::max<int64_t>(longest_k, a.cu_k[s + 1] - a.cu_k[s]);
+    }
     check_accumulation(*o.bias, q, "bias");
     STD_TORCH_CHECK(
         o.bias->dim() == 3 && o.bias->size(0) == a.heads && o.bias->size(1) >= longest_q && o.bias->size(2) >= longest_k,
@@ -144,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> varle
       out.numel() == a.total_q * a.heads * a.value_dim && lse.numel() == a.heads * a.total_q && lse.scalar_type() == ScalarType::Double,
       "vitkernels::varlen_attention_backward: out and lse must be the forward's");
   check_same(out, q, "out");
-  const Tensor saved_out = dense(out), saved_lse = dense(lse);
+  const Tensor saved_lse = dense(lse);
   const OptionalTensor dense_grad_lse = dense(grad_lse);
   if (grad_out) {
     check_same(*grad_out, q, "grad_out");
@@ -169,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> varle
   Tensor grad_q_weight = norm_grad(q_norm_weight), grad_q_bias = norm_grad(q_norm_bias);
   Tensor grad_k_weight = norm_grad(k_norm_weight), grad_k_bias = norm_grad(k_norm_bias);
   a.grad_lse = data_of(dense_grad_lse);
-  a.out = saved_out.data_ptr(), a.lse = saved_lse.data_ptr();
+  a.lse = saved_lse.data_ptr();
   a.grad_q = pointer(grad_q, need_q), a.grad_k = pointer(grad_k, need_k), a.grad_v = pointer(grad_v, need_v);
   if (need_bias && bias) a.grad_bias = grad_bias.data_ptr(), a.bias_rows = bias->size(1), a.bias_columns = bias->size(2);
   a.grad_q_weight = pointer(grad_q_weight, need_norm && q_norm_weight), a.grad_q_bias = pointer(grad_q_bias, need_norm && q_norm_bias);

@@ -181,15 +181,10 @@ void dropout_factors(const Attention& a, int64_t head, int64_t first_query, int6
 
 // --- logits ------------------------------------------------------------------------------------------------------------------------------
 
-// The bias of one tile: [rows] of `keys` values, from query row i and key row j within the sequence.
-template <class T>
-inline const T* bias_row(const Attention& a, int64_t head, int64_t i, int64_t j) {
-  return static_cast<const T*>(a.bias) + head * a.bias_head_stride + i * a.bias_row_stride + j;
-}
-
+// Adds the bias of query i and the keys from j on, counted within the sequence.
 template <class T>
 inline void add_bias(const Attention& a, int64_t head, int64_t i, int64_t j, int64_t keys, T* logits) {
-  const T* bias = bias_row<T>(a, head, i, j);
+  const T* bias = static_cast<const T*>(a.bias) + head * a.bias_head_stride + i * a.bias_row_stride + j;
   int64_t c = 0;
   for (; c + kLanes<T> <= keys; c += kLanes<T>) store(logits + c, load(logits + c) + load(bias + c));
   for (; c < keys; ++c) logits[c] += bias[c];

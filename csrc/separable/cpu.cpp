@@ -14,14 +14,6 @@ namespace {
 
 using namespace separable;
 
-#define VITKERNELS_FOR_DTYPE(function)                          \
-  switch (a.dtype) {                                            \
-    case Dtype::kFloat64: return function<double>(a);           \
-    case Dtype::kFloat32: return function<float>(a);            \
-    case Dtype::kBFloat16: return function<BFloat16>(a);        \
-    case Dtype::kFloat16: return function<Float16>(a);          \
-  }
-
 void core_forward_any(const CoreForward& a) { VITKERNELS_FOR_DTYPE(core_forward) }
 void core_backward_any(const CoreBackward& a) { VITKERNELS_FOR_DTYPE(core_backward) }
 void self_forward_any(const SelfForward& a) { VITKERNELS_FOR_DTYPE(self_forward) }

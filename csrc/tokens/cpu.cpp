@@ -7,14 +7,6 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
-#define VITKERNELS_FOR_DTYPE(function)                   \
-  switch (a.dtype) {                                     \
-    case Dtype::kFloat64: return function<double>(a);    \
-    case Dtype::kFloat32: return function<float>(a);     \
-    case Dtype::kBFloat16: return function<BFloat16>(a); \
-    case Dtype::kFloat16: return function<Float16>(a);   \
-  }
-
 void position_forward_any(const PositionForward& a) { VITKERNELS_FOR_DTYPE(position_forward) }
 void position_backward_any(const PositionBackward& a) { VITKERNELS_FOR_DTYPE(position_backward) }
 void pool_forward_any(const PoolForward& a) { VITKERNELS_FOR_DTYPE(pool_forward) }

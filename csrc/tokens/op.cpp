@@ -1,6 +1,7 @@
 // The token ops' entry points: tensors to plain structs, outputs allocated, the kernel table of this CPU called.
 #include "tokens/op.h"
 
+#include "common/lengths.h"
 #include "common/stable.h"
 #include "tokens/kernels.h"
 
@@ -42,22 +43,13 @@ tokens::Axis axis_of(const Tensor& positions, int64_t tokens, int64_t length, Sc
 
 // Fills what both directions of the pooling need and checks it.
 void fill(tokens::Pool& a, const Tensor& like, int64_t rows, const Tensor& cu_seqlens, const std::optional<Tensor>& seqused, bool largest) {
-  const auto int32_row = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(); };
-  STD_TORCH_CHECK(int32_row(cu_seqlens) && cu_seqlens.size(0) > 0, "vitkernels::masked_pool: cu_seqlens must be contiguous int32 [S + 1]");
+  STD_TORCH_CHECK(cu_seqlens.numel() > 0, "vitkernels::masked_pool: cu_seqlens must have at least one element");
   a.dtype = dtype_of(like);
-  a.rows = rows, a.dim = like.size(1), a.sequences = cu_seqlens.size(0) - 1, a.largest = largest;
-  STD_TORCH_CHECK(
-      !seqused || (int32_row(*seqused) && seqused->size(0) == a.sequences), "vitkernels::masked_pool: seqused must be contiguous int32 [S]");
-  a.cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  a.used = seqused ? static_cast<const int32_t*>(seqused->data_ptr()) : nullptr;
-  STD_TORCH_CHECK(
-      a.cu[0] == 0 && a.cu[a.sequences] <= rows, "vitkernels::masked_pool: cu_seqlens runs from ", a.cu[0], " to ", a.cu[a.sequences],
-      "; it must start at 0 and not go beyond the ", rows, " rows");
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t length = a.cu[s + 1] - a.cu[s];
-    STD_TORCH_CHECK(length >= 0, "vitkernels::masked_pool: cu_seqlens falls at ", s + 1, "; it must not decrease");
-    STD_TORCH_CHECK(a.count(s) >= 0 && a.count(s) <= length, "vitkernels::masked_pool: seqused[", s, "] must be between 0 and ", length);
-  }
+  a.rows = rows, a.dim = like.size(1), a.sequences = cu_seqlens.numel() - 1, a.largest = largest;
+  a.cu = int32_values(cu_seqlens, a.sequences + 1, "masked_pool", "cu_seqlens");
+  a.used = seqused ? int32_values(*seqused, a.sequences, "masked_pool", "seqused") : nullptr;
+  check_cumulative(a.cu, a.sequences, rows, "masked_pool", "cu_seqlens");
+  check_used(a.used, a.cu, a.sequences, "masked_pool", "seqused");
 }
 
 }  // namespace

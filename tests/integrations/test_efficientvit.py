@@ -18,6 +18,7 @@ import vitkernels
 from vitkernels.nn import _cascade
 
 from .. import zoo
+from ..zoo import reasons
 
 pytestmark = pytest.mark.usefixtures("poison")
 ROUTES: dict[str, dict[str, str]] = {"all": {}, "attention only": {"only": "CascadedGroupAttention"}}
@@ -48,10 +49,6 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     fold = _cascade._folded
     monkeypatch.setattr(_cascade, "_folded", lambda *arguments: calls.append(1) or fold(*arguments))
     return calls
-
-
-def reasons(handle: vitkernels.Handle) -> dict[str, str]:
-    return {record.path: record.reason for record in handle.skipped}
 
 
 def assert_infers_the_same(original: nn.Module, accelerated: nn.Module, images: Tensor) -> None:

@@ -22,6 +22,7 @@ from vitkernels.accuracy import compare_tensors
 from vitkernels.integrations import Record
 
 from .. import zoo
+from ..zoo import reasons
 
 ATTENTION = "transformer.0.attn"
 
@@ -43,10 +44,6 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         return {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
 
     return {path: (type(m), {k: contents(v) for k, v in vars(m).items() if k != "training"}) for path, m in model.named_modules()}
-
-
-def reasons(handle: vitkernels.Handle) -> dict[str, str]:
-    return {record.path: record.reason for record in handle.skipped}
 
 
 # --- report ------------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vitkernels.integrations import packed, vit_pytorch
 from vitkernels.integrations._fused import Fused
 
 from .. import zoo
+from ..zoo import pair, reasons
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")]
 KINDS = ("na_vit", "na_vit_nested_tensor")
@@ -38,16 +39,6 @@ FORMS: dict[str, Callable[[nn.Module, list[Tensor]], Tensor]] = {
 @pytest.fixture
 def images() -> list[Tensor]:
     return zoo.mixed_photos(SIZES)
-
-
-def pair(model: nn.Module, images: list[Tensor], **options: object) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
-    original = zoo.settle(model, images)
-    accelerated = copy.deepcopy(original)
-    return original, accelerated, vitkernels.accelerate(accelerated, **options)
-
-
-def reasons(handle: vitkernels.Handle) -> dict[str, str]:
-    return {record.path: record.reason for record in handle.skipped}
 
 
 # --- the same results ----------------------------------------------------------------------------------------------------------------
@@ -120,13 +111,9 @@ def test_low_precision(dtype: torch.dtype, images: list[Tensor]) -> None:
 def test_autocast(images: list[Tensor]) -> None:
     original, accelerated, handle = pair(zoo.navit(), images)
 
-    def measure(model: nn.Module, images: list[Tensor], training: bool) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=images[0].dtype is not torch.float64):
-            return zoo.results(model, images, training=training)
-
-    fast, eager = measure(accelerated, images, training=False), measure(original, images, training=False)
+    fast, eager = zoo.under_autocast(accelerated, images, training=False), zoo.under_autocast(original, images, training=False)
     assert {name: tensor.dtype for name, tensor in fast.items()} == {name: tensor.dtype for name, tensor in eager.items()}
-    zoo.assert_same(original, accelerated, images, training=False, measure=measure, eps=torch.finfo(torch.bfloat16).eps)
+    zoo.assert_same(original, accelerated, images, training=False, measure=zoo.under_autocast, eps=torch.finfo(torch.bfloat16).eps)
     assert not handle.fallbacks
 
 

@@ -16,6 +16,7 @@ import vitkernels
 from vitkernels.accuracy import compare_tensors
 
 from .. import zoo
+from ..zoo import reasons
 
 pytestmark = pytest.mark.usefixtures("poison")
 SIZES, LENGTH = ((4, 6), (2, 3), (7, 4), (1, 1)), 30
@@ -27,13 +28,7 @@ def batch(sizes: tuple[tuple[int, int], ...] = SIZES, length: int = LENGTH) -> d
 
 
 def pair(model: nn.Module, images: Any = None, **options: object) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
-    original = zoo.settle(model, batch() if images is None else images)
-    accelerated = copy.deepcopy(original)
-    return original, accelerated, vitkernels.accelerate(accelerated, **options)
-
-
-def reasons(handle: vitkernels.Handle) -> dict[str, str]:
-    return {record.path: record.reason for record in handle.skipped}
+    return zoo.pair(model, batch() if images is None else images, **options)
 
 
 def three(original: nn.Module, accelerated: nn.Module, **options: Any) -> tuple[Any, Any, Any]:
@@ -124,11 +119,7 @@ def test_batches_without_padding(case: str) -> None:
 def test_autocast_and_low_precision() -> None:
     original, accelerated, handle = pair(zoo.siglip2())
 
-    def measure(model: nn.Module, images: Any, training: bool) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=images["pixel_values"].dtype is not torch.float64):
-            return zoo.results(model, images, training=training)
-
-    zoo.assert_same(original, accelerated, batch(), training=False, measure=measure, eps=torch.finfo(torch.bfloat16).eps)
+    zoo.assert_same(original, accelerated, batch(), training=False, measure=zoo.under_autocast, eps=torch.finfo(torch.bfloat16).eps)
     zoo.assert_same(original.bfloat16(), accelerated.bfloat16(), zoo.cast(batch(), torch.bfloat16), training=False)
     assert not handle.fallbacks
 

@@ -13,6 +13,7 @@ import vitkernels
 from vitkernels.accuracy import compare_tensors
 
 from .. import zoo
+from ..zoo import pair
 
 pytestmark = pytest.mark.usefixtures("poison")
 ROUTES = {
@@ -20,12 +21,6 @@ ROUTES = {
     "attention only": {"only": "LinearSelfAttention"},
     "no map": {"skip": "MobileVitV2Block"},
 }
-
-
-def pair(model: nn.Module, images: Tensor, **options: object) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
-    original = zoo.settle(model, images)
-    accelerated = copy.deepcopy(original)
-    return original, accelerated, vitkernels.accelerate(accelerated, **options)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

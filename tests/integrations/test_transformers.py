@@ -6,20 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vitkernels
 from vitkernels.accuracy import compare_tensors
 
 from .. import zoo
+from ..zoo import pair
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def pair(model: nn.Module, images: Tensor, **options: object) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
-    original = zoo.settle(model, images)
-    accelerated = copy.deepcopy(original)
-    return original, accelerated, vitkernels.accelerate(accelerated, **options)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -17,6 +17,7 @@ from vitkernels import backends, ops
 from vitkernels.nn import _checks, _conv_norm
 from vitkernels.nn._conv_norm import Layer
 from vitkernels.nn._derived import Derived, gradient_wanted
+from vitkernels.ops import _define
 from vitkernels.ops.cascaded_group import op
 
 
@@ -175,7 +176,7 @@ def _why_not_tensors(cascade: Cascade, x: Tensor) -> str | None:
     plain = [layer.conv.weight for layer in cascade.layers()] + [layer.conv.bias for layer in cascade.layers()]
     if (reason := _checks.why_not_operands(x, cascade.attention_biases, *plain)) is not None:
         return reason
-    dtypes = (_conv_norm.compute_dtype(x), _conv_norm.accumulation_dtype(x.dtype))
+    dtypes = (_conv_norm.compute_dtype(x), _define.accumulation_dtype(x.dtype))
     for norm in cascade.norms():
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             assert tensor is not None
@@ -206,7 +207,7 @@ def _folded(cascade: Cascade, dtype: torch.dtype) -> op.Packed:
     qkv_weight = torch.stack([layer.conv.weight for layer in qkvs]).flatten(2)  # [heads, 2 * key_dim + d, C / heads]
     rows = qkv_weight.shape[1]
     sizes = [heads * rows, heads * key_dim, proj.conv.out_channels]
-    factor, shift = _conv_norm.fold(norms, _conv_norm.accumulation_dtype(qkv_weight.dtype))
+    factor, shift = _conv_norm.fold(norms, _define.accumulation_dtype(qkv_weight.dtype))
     of_qkv, of_dw, of_proj = factor.split(sizes)
     qkv_bias, dw_bias, proj_bias = shift.to(dtype).split(sizes)
     dw_weights: Any = torch._foreach_mul([layer.conv.weight for layer in dws], list(of_dw.view(heads, key_dim, 1, 1, 1).unbind()))

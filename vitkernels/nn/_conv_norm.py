@@ -116,11 +116,6 @@ def _why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
     return None
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that statistics and folded weights are computed in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def fold(norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Frozen norms as ``factor * y + shift``, all their channels one after another, computed in ``dtype``. All share one eps."""
     weight, bias, mean, var = (
@@ -134,7 +129,7 @@ def _folded(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution, in the dtype of the convolution's weight."""
     conv, norm = layer
     assert norm is not None
-    factor, shift = fold([norm], accumulation_dtype(conv.weight.dtype))
+    factor, shift = fold([norm], _define.accumulation_dtype(conv.weight.dtype))
     return (conv.weight * factor[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 

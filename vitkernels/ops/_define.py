@@ -84,6 +84,11 @@ def _autocast(op: Any, key: str, device: str, positions: tuple[int, ...] | None)
     return run
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, statistics and gradients of tensors of this dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """``value`` in the autocast dtype, by the rule of ``F.linear``: floating tensors other than float64 are cast, the rest pass."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64):

@@ -164,7 +164,7 @@ def cascaded_group_attention_batch_norm(
         op, x, {"qkv_weights": qkv_weights, "dw_weights": dw_weights, "attention_bias": attention_bias, "proj_weight": proj_weight}
     )
     x = arguments.pop("x")
-    accumulation = _accumulation_dtype(x)
+    accumulation = _define.accumulation_dtype(x.dtype)
     for name, norms in (("qkv_norms", qkv_norms), ("dw_norms", dw_norms), ("proj_norm", [proj_norm])):
         for tensor in (tensor for norm in norms for tensor in norm):
             if tensor.dtype not in (x.dtype, accumulation):
@@ -425,10 +425,6 @@ _WEIGHTS = (
 _OPTIONS = 4  # kernel_sizes, key_dim, scale, window
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _fake(x: Tensor, qkv_weight: Tensor, *_: Any) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"x must be 4-dimensional, got {x.dim()}")
     torch._check(qkv_weight.dim() == 3, lambda: f"qkv_weight must be [heads, 2 * key_dim + d, C / heads], got {tuple(qkv_weight.shape)}")
@@ -522,7 +518,7 @@ def _norm_fake(
     eps: float,
 ) -> tuple[Tensor, ...]:
     torch._check(x.dim() == 4, lambda: f"x must be 4-dimensional, got {x.dim()}")
-    dtype = _accumulation_dtype(x)
+    dtype = _define.accumulation_dtype(x.dtype)
     batch, channels, height, width = x.shape
     tokens = batch * ((height + window - 1) // window) * ((width + window - 1) // window) * window * window
     heads, rows, split = qkv_weight.shape

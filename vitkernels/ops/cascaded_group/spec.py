@@ -271,7 +271,7 @@ def _norm_bad_inputs() -> Iterator[BadInput]:
 
 
 def _bad(good: dict[str, Any], name: str, exception: type[Exception], words: tuple[str, ...], **changes: Any) -> BadInput:
-    return BadInput(name, Sample(name, (), good | changes), exception, words)
+    return BadInput.of(name, exception, words, **(good | changes))
 
 
 def _common_bad_inputs(sample: Sample, function: Callable[..., Any]) -> Iterator[BadInput]:

@@ -123,8 +123,8 @@ class PackedLayout:
             TypeError: a wrong dtype.
         """
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        _check_cu_seqlens("PackedLayout", "cu_seqlens_q", cu_seqlens_q)
-        _check_cu_seqlens("PackedLayout", "cu_seqlens_k", cu_seqlens_k)
+        check_cu_seqlens("PackedLayout", "cu_seqlens_q", cu_seqlens_q)
+        check_cu_seqlens("PackedLayout", "cu_seqlens_k", cu_seqlens_k)
         _check.has_shape("PackedLayout", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[S + 1], as long as cu_seqlens_q,")
         if cu_seqlens_k.device != cu_seqlens_q.device:
             raise ValueError(f"PackedLayout: cu_seqlens_k is on {cu_seqlens_k.device}; it must be on {cu_seqlens_q.device}, with cu_seqlens_q")
@@ -133,17 +133,14 @@ class PackedLayout:
                 raise TypeError(f"PackedLayout: seqused_k has dtype {seqused_k.dtype}; it must be int32 or int64")
             _check.has_shape("PackedLayout", "seqused_k", seqused_k, (len(cu_seqlens_q) - 1,), "[S]")
         given = (max_seqlen_q, max_seqlen_k, total_q, total_k)
-        if _can_read(cu_seqlens_q):
+        if can_read(cu_seqlens_q):
             given = _checked_values(cu_seqlens_q, cu_seqlens_k, seqused_k, *given)
         elif None in given:
             raise ValueError(
                 "PackedLayout: max_seqlen_q, max_seqlen_k, total_q and total_k must all be given where cu_seqlens cannot be read "
                 "(in a compiled region or a CUDA graph)"
             )
-        same = cu_seqlens_k is cu_seqlens_q
-        cu_seqlens_q = cu_seqlens_q.to(torch.int32).contiguous()
-        cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.to(torch.int32).contiguous()
-        seqused_k = None if seqused_k is None else seqused_k.to(torch.int32).contiguous()
+        cu_seqlens_q, cu_seqlens_k, seqused_k = as_int32(cu_seqlens_q, cu_seqlens_k, seqused_k)
         return cls._with_work(cu_seqlens_q, cu_seqlens_k, *given, seqused_k)  # type: ignore[arg-type]
 
     @classmethod
@@ -169,7 +166,7 @@ class PackedLayout:
         ids = image_ids if image_ids.dim() == 2 else image_ids[None]
         rows, length = ids.shape
         total = rows * length
-        if image_ids.device.type != "cpu" or not _can_read(image_ids):
+        if image_ids.device.type != "cpu" or not can_read(image_ids):
             first = torch.ones_like(ids, dtype=torch.bool)
             first[:, 1:] = ids[:, 1:] != ids[:, :-1]
             run = first.flatten().cumsum(0)  # 1 for the tokens of the first run
@@ -270,13 +267,19 @@ def _long_first(ranges: Tensor) -> Tensor:
     return extent.argsort(descending=True, stable=True).to(torch.int32)
 
 
-def _can_read(tensor: Tensor) -> bool:
+def traced(tensor: Tensor) -> bool:
+    """Whether the values stand for others now: compiled, traced, transformed or fake."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+    )
+
+
+def can_read(tensor: Tensor) -> bool:
     """Whether the host may look at the values now."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not traced(tensor) and (tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing())
 
 
 def _host_lengths(name: str, lengths: Lengths) -> np.ndarray:
@@ -297,7 +300,16 @@ def _host_lengths(name: str, lengths: Lengths) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _check_cu_seqlens(op: str, name: str, value: Tensor) -> None:
+def as_int32(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as kernels take them; in self-attention the second stays the first."""
+    same = cu_seqlens_k is cu_seqlens_q
+    cu_seqlens_q = cu_seqlens_q.to(torch.int32).contiguous()
+    cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.to(torch.int32).contiguous()
+    return cu_seqlens_q, cu_seqlens_k, None if seqused_k is None else seqused_k.to(torch.int32).contiguous()
+
+
+def check_cu_seqlens(op: str, name: str, value: Tensor) -> None:
+    """Its shape and dtype; its values are another matter."""
     _check.is_tensor(op, name, value, "int32 [S + 1]")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; it must be int32 (or int64)")

@@ -101,7 +101,7 @@ def varlen_attention(
         raise TypeError(f"{op}: both layout and cu_seqlens or seqused_k are given; it must be one of them")
     options = _Options(bias, scale, dropout_p, qk_norm, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias), norm_eps)
     out, lse = _run(op, q, k, v, layout, options)
-    return (out, lse.to(reference.accumulation_dtype(q))) if return_lse else out
+    return (out, lse.to(_define.accumulation_dtype(q.dtype))) if return_lse else out
 
 
 def packed_attention(
@@ -164,7 +164,7 @@ def packed_attention(
     options = _Options(bias, scale, dropout_p, qk_norm, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias), norm_eps)
     out, lse = _run(op, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, options)
     out = out.unflatten(0, (rows, length))
-    return (out, lse.to(reference.accumulation_dtype(q)).unflatten(1, (rows, length)).transpose(0, 1)) if return_lse else out
+    return (out, lse.to(_define.accumulation_dtype(q.dtype)).unflatten(1, (rows, length)).transpose(0, 1)) if return_lse else out
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _run(op: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, o: _Opt
     if chosen == "reference":
         return reference.varlen_attention(
             q, k, v, layout, bias=bias, scale=scale, dropout_p=o.dropout_p, seed=seed, qk_norm=o.qk_norm, norm_weights=weights, norm_eps=eps,
-            dense=_must_be_traceable(q),
+            dense=_layout.traced(q),  # a loop would need the lengths as numbers
         )  # fmt: skip
     work = layout.work
     if chosen == "triton":
@@ -218,16 +218,6 @@ def _run(op: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, o: _Opt
         _define.differentiable(q, k, v, bias, *weights),
         *(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, work, bias, *weights),
         *(NORMS[o.qk_norm], eps, scale, float(o.dropout_p), seed),
-    )
-
-
-def _must_be_traceable(q: Tensor) -> bool:
-    """Where the reference may not loop over lengths: they are no Python numbers there."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or isinstance(q, torch._subclasses.FakeTensor)
-        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -275,10 +265,11 @@ def _from_cu_seqlens(
     total_q, total_k = q.shape[0], k.shape[0]
     if cu_seqlens_k is None and total_k != total_q:
         raise ValueError(f"{op}: k has {total_k} token rows and q {total_q}; cu_seqlens_k must be given where they differ")
-    sides = (("q", cu_seqlens_q, total_q), ("k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, total_k))
-    readable = q.device.type == "cpu" and not _must_be_traceable(q)
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    sides = (("q", cu_seqlens_q, total_q), ("k", cu_seqlens_k, total_k))
+    readable = q.device.type == "cpu" and not _layout.traced(q)
     for side, cu_seqlens, total in sides:
-        _layout._check_cu_seqlens(op, f"cu_seqlens_{side}", cu_seqlens)
+        _layout.check_cu_seqlens(op, f"cu_seqlens_{side}", cu_seqlens)
         if cu_seqlens.device != q.device:
             raise ValueError(f"{op}: cu_seqlens_{side} is on {cu_seqlens.device}; it must be on {q.device}, the device of q")
         if readable and int(cu_seqlens[-1]) != total:
@@ -287,9 +278,7 @@ def _from_cu_seqlens(
         return PackedLayout.from_cu_seqlens(
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, total_q=total_q, total_k=total_k, seqused_k=seqused_k
         )
-    cu_q = cu_seqlens_q.to(torch.int32).contiguous()
-    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32).contiguous()
-    used = None if seqused_k is None else seqused_k.to(torch.int32).contiguous()
+    cu_q, cu_k, used = _layout.as_int32(cu_seqlens_q, cu_seqlens_k, seqused_k)
     return PackedLayout(cu_q, cu_k, max_seqlen_q or total_q, max_seqlen_k or total_k, total_q, total_k, used)
 
 
@@ -310,7 +299,7 @@ def _norm_weights(op: str, q: Tensor, k: Tensor, o: _Options) -> tuple[Tensor | 
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(weight)}; it must be [D] = [{width}] or [heads, D] = [{heads}, {width}]")
         if weight.device != q.device:
             raise ValueError(f"{op}: {name} is on {weight.device}; it must be on {q.device}, the device of q")
-        found.append(weight.to(reference.accumulation_dtype(q)).expand(heads, width))
+        found.append(weight.to(_define.accumulation_dtype(q.dtype)).expand(heads, width))
     return tuple(found)
 
 
@@ -327,7 +316,7 @@ def _checked_bias(op: str, bias: Tensor, q: Tensor, layout: PackedLayout) -> Ten
         )
     if bias.device != q.device:
         raise ValueError(f"{op}: bias is on {bias.device}; it must be on {q.device}, the device of q")
-    return bias.to(reference.accumulation_dtype(q)).expand(heads, -1, -1)
+    return bias.to(_define.accumulation_dtype(q.dtype)).expand(heads, -1, -1)
 
 
 # --- vitkernels::varlen_attention -----------------------------------------------------------------------------------------------------

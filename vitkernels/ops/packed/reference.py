@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels.ops import _define
 from vitkernels.ops.packed.layout import PackedLayout, row_ranges, sequence_of_rows
 
 
@@ -47,7 +48,7 @@ def varlen_attention(
         end = q_end
     padding = q.shape[0] - end
     outs.append(v.new_zeros((padding, q.shape[1], v.shape[2])))
-    lses.append(torch.full((q.shape[1], padding), -torch.inf, dtype=accumulation_dtype(q), device=q.device))
+    lses.append(torch.full((q.shape[1], padding), -torch.inf, dtype=_define.accumulation_dtype(q.dtype), device=q.device))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
@@ -70,7 +71,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None, scale: float, dropout_p: float, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale + bias) v of [n, H, D], [m, H, D], [m, H, Dv]; a query that sees nothing gives 0 and a logsumexp of -inf."""
-    logits = torch.einsum("nhd,mhd->hnm", q, k).to(accumulation_dtype(q)) * scale
+    logits = torch.einsum("nhd,mhd->hnm", q, k).to(_define.accumulation_dtype(q.dtype)) * scale
     if bias is not None:
         logits = logits + bias
     if hidden is not None:
@@ -98,11 +99,6 @@ def normalise(x: Tensor, kind: str | None, weight: Tensor | None, bias: Tensor |
     if weight is not None:
         x = x * weight.to(x.dtype)
     return x if bias is None else x + bias.to(x.dtype)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def drop_limit(dropout_p: float) -> int:

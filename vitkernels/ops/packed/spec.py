@@ -20,17 +20,6 @@ HEAD_DIMS = (8, 16, 20, 24, 30, 32, 33, 35, 36, 48, 60, 64, 72, 80, 96, 112, 128
 _AUTOCAST_KEEPS = ("bias", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
 
 
-def _on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The public function on the reference backend, which is the definition."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with backends.backend("reference"):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def _contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return q, k, v
 
@@ -235,20 +224,16 @@ def _packed_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = Fal
         yield make("2x1024", rows, (2, 1024), _of_one_projection, dim=64)
 
 
-def _bad(name: str, exception: type[Exception], words: tuple[str, ...], *args: Any, **kwargs: Any) -> BadInput:
-    return BadInput(name, Sample(name, args, kwargs), exception, words)
-
-
 def _bad_inputs() -> Iterator[BadInput]:
     q, k, v = (torch.randn(9, 4, 8) for _ in range(3))
     layout = PackedLayout.from_lengths((4, 5))
     cu = layout.cu_seqlens_q
 
     def with_layout(name: str, exception: type[Exception], words: tuple[str, ...], q: Any = q, k: Any = k, v: Any = v, **kwargs: Any) -> BadInput:
-        return _bad(name, exception, words, q, k, v, layout, **kwargs)
+        return BadInput.of(name, exception, words, q, k, v, layout, **kwargs)
 
     def with_lengths(name: str, exception: type[Exception], words: tuple[str, ...], values: Any, **kwargs: Any) -> BadInput:
-        return _bad(name, exception, words, q, k, v, cu_seqlens_q=torch.tensor(values, dtype=torch.int32), **kwargs)
+        return BadInput.of(name, exception, words, q, k, v, cu_seqlens_q=torch.tensor(values, dtype=torch.int32), **kwargs)
 
     yield with_layout("q is a list", TypeError, ("q is a list", "[T_q, H, D]"), q=[1.0])
     yield with_layout("integer q", TypeError, ("q has dtype torch.int64", "floating"), q=q.long())
@@ -273,9 +258,9 @@ def _bad_inputs() -> Iterator[BadInput]:
     yield with_layout("bias of other heads", ValueError, ("bias has shape [2, 5, 5]", "H = 4"), bias=torch.ones(2, 5, 5))
     yield with_layout("bias too short", ValueError, ("bias has shape [4, 4, 5]", ">= 5"), bias=torch.ones(4, 4, 5))
     yield with_layout("layout and cu_seqlens", TypeError, ("both layout and cu_seqlens",), cu_seqlens_q=cu)
-    yield _bad("neither layout nor cu_seqlens", TypeError, ("neither layout nor cu_seqlens_q",), q, k, v)
-    yield _bad("cu_seqlens for a layout", TypeError, ("layout is a Tensor", "PackedLayout", "cu_seqlens_q="), q, k, v, cu)
-    yield _bad("layout on another device", ValueError, ("layout is on meta", "cpu"), q, k, v, layout.to("meta"))
+    yield BadInput.of("neither layout nor cu_seqlens", TypeError, ("neither layout nor cu_seqlens_q",), q, k, v)
+    yield BadInput.of("cu_seqlens for a layout", TypeError, ("layout is a Tensor", "PackedLayout", "cu_seqlens_q="), q, k, v, cu)
+    yield BadInput.of("layout on another device", ValueError, ("layout is on meta", "cpu"), q, k, v, layout.to("meta"))
     yield with_lengths("not from 0", ValueError, ("cu_seqlens_q starts at 1", "start at 0"), [1, 9])
     yield with_lengths("decreasing", ValueError, ("cu_seqlens_q falls from 6 to 5", "not decrease"), [0, 6, 5, 9])
     yield with_lengths("not to the end", ValueError, ("cu_seqlens_q ends at 8", "9"), [0, 4, 8])
@@ -285,10 +270,10 @@ def _bad_inputs() -> Iterator[BadInput]:
     yield with_lengths("cu_seqlens_k of other length", ValueError, ("cu_seqlens_k has shape [2]", "[3]"), [0, 4, 9], cu_seqlens_k=cu[:2] * 9 // 4)
     yield with_lengths("max_seqlen_q too small", ValueError, ("max_seqlen_q is 4", "at least 5"), [0, 4, 9], max_seqlen_q=4)
     yield with_lengths("more keys in use than there are", ValueError, ("seqused_k[1] is 6", "5"), [0, 4, 9], seqused_k=torch.tensor([4, 6]))
-    yield _bad("floating cu_seqlens", TypeError, ("cu_seqlens_q has dtype torch.float32", "int32"), q, k, v, cu_seqlens_q=cu.float())
-    yield _bad("cu_seqlens is a list", TypeError, ("cu_seqlens_q is a list",), q, k, v, cu_seqlens_q=[0, 9])
-    yield _bad("cu_seqlens on another device", ValueError, ("cu_seqlens_q is on meta", "cpu"), q, k, v, cu_seqlens_q=cu.to("meta"))
-    yield _bad("no cu_seqlens_k for other keys", ValueError, ("k has 8 token rows", "cu_seqlens_k"), q, k[:8], v[:8], cu_seqlens_q=cu)
+    yield BadInput.of("floating cu_seqlens", TypeError, ("cu_seqlens_q has dtype torch.float32", "int32"), q, k, v, cu_seqlens_q=cu.float())
+    yield BadInput.of("cu_seqlens is a list", TypeError, ("cu_seqlens_q is a list",), q, k, v, cu_seqlens_q=[0, 9])
+    yield BadInput.of("cu_seqlens on another device", ValueError, ("cu_seqlens_q is on meta", "cpu"), q, k, v, cu_seqlens_q=cu.to("meta"))
+    yield BadInput.of("no cu_seqlens_k for other keys", ValueError, ("k has 8 token rows", "cu_seqlens_k"), q, k[:8], v[:8], cu_seqlens_q=cu)
 
 
 def _packed_bad_inputs() -> Iterator[BadInput]:
@@ -298,7 +283,7 @@ def _packed_bad_inputs() -> Iterator[BadInput]:
     def bad(
         name: str, exception: type[Exception], words: tuple[str, ...], q: Any = q, k: Any = k, v: Any = v, ids: Any = ids, **kwargs: Any
     ) -> BadInput:
-        return _bad(name, exception, words, q, k, v, ids, **kwargs)
+        return BadInput.of(name, exception, words, q, k, v, ids, **kwargs)
 
     yield bad("q of flat tokens", ValueError, ("q has shape [6, 4, 8]", "[R, S, H, D]"), q=q[0])
     yield bad("k of another S", ValueError, ("k has shape [2, 5, 4, 8]", "[2, 6, 4, 8]"), k=k[:, :5])
@@ -421,7 +406,7 @@ SPECS = (
         name="varlen_attention",
         family="packed",
         function=op.varlen_attention,
-        reference=_on_reference(op.varlen_attention),
+        reference=backends.backend("reference")(op.varlen_attention),
         summary="attention within packed sequences of any lengths (NaViT, arXiv 2307.06304)",
         samples=_samples,
         bad_inputs=_bad_inputs,
@@ -442,7 +427,7 @@ SPECS = (
         name="packed_attention",
         family="packed",
         function=op.packed_attention,
-        reference=_on_reference(op.packed_attention),
+        reference=backends.backend("reference")(op.packed_attention),
         summary="the same on rows of several images and padding (NaViT, arXiv 2307.06304)",
         samples=_packed_samples,
         bad_inputs=_packed_bad_inputs,

@@ -177,13 +177,9 @@ def _score_scale(x: Tensor, patch: tuple[int, int] | None, dropout_p: float) -> 
     """Dropout's multiplier of each score (0 or 1 / (1 - p)), [B, H, W] in the order of the map, drawn in the order of the unfolded scores."""
     batch, _, height, width = x.shape
     ph, pw = patch or (height, 1)
-    ones = torch.ones(batch, 1, ph * pw, (height // ph) * (width // pw), dtype=_accumulation_dtype(x), device=x.device)
+    ones = torch.ones(batch, 1, ph * pw, (height // ph) * (width // pw), dtype=_define.accumulation_dtype(x.dtype), device=x.device)
     scale = F.dropout(ones, dropout_p, training=True)
     return reference.fold(scale, (ph, pw), (height, width)).reshape(batch, height, width)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 # --- vitkernels::separable_attention -----------------------------------------------------------------------------------------------
@@ -195,7 +191,7 @@ def _core_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     torch._check(k.shape == v.shape, lambda: f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")
     batch, dim, positions, patches = k.shape
     out = v.new_empty((batch, dim, positions, patches))
-    scores = v.new_empty((batch, positions, patches), dtype=_accumulation_dtype(v))
+    scores = v.new_empty((batch, positions, patches), dtype=_define.accumulation_dtype(v.dtype))
     return out, scores, scores.new_empty((batch, positions, dim))
 
 
@@ -256,7 +252,7 @@ def _self_fake(
     batch, dim, height, width = x.shape
     torch._check(qkv_weight.shape[0] == 1 + 2 * dim, lambda: f"qkv_weight must have 1 + 2d rows, got {tuple(qkv_weight.shape)}")
     torch._check(out_weight.shape[0] == dim, lambda: f"out_weight must have d rows, got {tuple(out_weight.shape)}")
-    dtype = _accumulation_dtype(x)
+    dtype = _define.accumulation_dtype(x.dtype)
     logits = x.new_empty((batch, height, width), dtype=dtype)
     stats = x.new_empty((batch, patch_h * patch_w, 2), dtype=dtype)
     return torch.empty_like(x), logits, stats, x.new_empty((batch, patch_h * patch_w, dim), dtype=dtype)

@@ -120,7 +120,7 @@ def _core_bad_inputs() -> Iterator[BadInput]:
     q, k, v = torch.randn(2, 1, 4, 9), torch.randn(2, 8, 4, 9), torch.randn(2, 8, 4, 9)
 
     def bad(name: str, exception: type[Exception], words: tuple[str, ...], *args: Any) -> BadInput:
-        return BadInput(name, Sample(name, args), exception, words)
+        return BadInput.of(name, exception, words, *args)
 
     yield bad("q with two channels", ValueError, ("q has shape [2, 8, 4, 9]", "[B, 1, P, N]"), k, k, v)
     yield bad("q of three dimensions", ValueError, ("q has shape [1, 4, 9]", "[B, 1, P, N]"), q[0], k, v)

@@ -14,7 +14,6 @@ from vitkernels import backends, native
 from vitkernels.ops import _check, _define
 from vitkernels.ops.packed import layout as _layout
 from vitkernels.ops.packed.layout import PackedLayout
-from vitkernels.ops.packed.reference import accumulation_dtype
 from vitkernels.ops.tokens import reference
 
 backends.declare("factorized_position_embedding", backends.Support())
@@ -89,13 +88,13 @@ def _checked_positions(op: str, name: str, positions: Tensor, x: Tensor, table: 
         raise ValueError(f"{op}: {name} is on {positions.device}; it must be on {x.device}, the device of x")
     if positions.requires_grad:
         raise ValueError(f"{op}: {name} requires a gradient; it must not, positions are not differentiated ({name}.detach() is accepted)")
-    if positions.device.type == "cpu" and positions.numel() and _layout._can_read(positions):
+    if positions.device.type == "cpu" and positions.numel() and _layout.can_read(positions):
         low, high = (value.item() for value in positions.aminmax())
         if low < 0 or high > (1 if fractional else length - 1):
             wrong = low if low < 0 else high
             needs = "shares in [0, 1]" if fractional else f"indices of {table}, which has {length} entries"
             raise ValueError(f"{op}: {name} holds {wrong}; it must hold {needs}")
-    return positions.to(accumulation_dtype(x) if fractional else torch.int64).contiguous()
+    return positions.to(_define.accumulation_dtype(x.dtype) if fractional else torch.int64).contiguous()
 
 
 def masked_pool(x: Tensor, layout: PackedLayout, mode: Literal["mean", "max"] = "mean") -> Tensor:

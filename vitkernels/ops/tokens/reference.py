@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels.ops import _define
 from vitkernels.ops.packed.layout import sequence_of_rows
-from vitkernels.ops.packed.reference import accumulation_dtype
 
 
 def factorized_position_embedding(x: Tensor, height_table: Tensor, width_table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ def masked_pool(x: Tensor, cu_seqlens: Tensor, seqused: Tensor | None, mode: str
     sequence = pooled_into(cu_seqlens, seqused, x.shape[0])
     if mode == "mean":
         # Rows of no sequence are added to one too many, which is cut off.
-        total = x.new_zeros((sequences + 1, dim), dtype=accumulation_dtype(x)).index_add(0, sequence, x.to(accumulation_dtype(x)))[:-1]
+        wide = x.to(_define.accumulation_dtype(x.dtype))
+        total = wide.new_zeros((sequences + 1, dim)).index_add(0, sequence, wide)[:-1]
         return (total / lengths.clamp_min(1)[:, None]).to(x.dtype)
     values = x.detach()
     everywhere = sequence[:, None].expand(x.shape)

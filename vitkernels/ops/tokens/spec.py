@@ -16,17 +16,6 @@ from vitkernels.ops.tokens import op
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
 
-def _on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The public function on the reference backend, which is the definition."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with backends.backend("reference"):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def _contiguous(x: Tensor) -> Tensor:
     return x
 
@@ -126,10 +115,6 @@ def _position_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = F
         yield make("large, fractional", large, dim=384, lengths=(64, 48), fractional=(True, True))
 
 
-def _bad(name: str, exception: type[Exception], words: tuple[str, ...], *args: Any) -> BadInput:
-    return BadInput(name, Sample(name, args), exception, words)
-
-
 def _position_bad_inputs() -> Iterator[BadInput]:
     x, h, w = torch.randn(6, 8), torch.randn(3, 8), torch.randn(4, 8)
     rows, columns = torch.tensor([0, 0, 0, 2, 2, 2]), torch.tensor([0, 1, 3, 0, 1, 3])
@@ -137,7 +122,7 @@ def _position_bad_inputs() -> Iterator[BadInput]:
     def bad(
         name: str, exception: type[Exception], words: tuple[str, ...], x: Any = x, h: Any = h, w: Any = w, rows: Any = rows, columns: Any = columns
     ) -> BadInput:
-        return _bad(name, exception, words, x, h, w, rows, columns)
+        return BadInput.of(name, exception, words, x, h, w, rows, columns)
 
     def with_one(values: Tensor, value: float) -> Tensor:
         return torch.cat((values[:-1], torch.tensor([value], dtype=values.dtype)))
@@ -245,15 +230,15 @@ def _pool_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False
 
 def _pool_bad_inputs() -> Iterator[BadInput]:
     x, layout = torch.randn(9, 8), PackedLayout.from_lengths((4, 5))
-    yield _bad("x is a list", TypeError, ("x is a list", "[T, D]"), [1.0], layout)
-    yield _bad("integer x", TypeError, ("x has dtype torch.int64", "floating"), x.long(), layout)
-    yield _bad("sparse x", TypeError, ("x has layout torch.sparse_coo", "dense"), x.to_sparse(), layout)
-    yield _bad("x of a padded batch", ValueError, ("x has shape [1, 9, 8, 1]", "[T, H, D]"), x[None, :, :, None], layout)
-    yield _bad("x of one dimension", ValueError, ("x has shape [9]", "[T, D]"), x[:, 0], layout)
-    yield _bad("other rows than the layout", ValueError, ("x has 8 token rows", "9", "total_k"), x[:8], layout)
-    yield _bad("cu_seqlens for a layout", TypeError, ("layout is a Tensor", "PackedLayout"), x, layout.cu_seqlens_k)
-    yield _bad("layout on another device", ValueError, ("layout is on meta", "cpu"), x, layout.to("meta"))
-    yield _bad("unknown mode", ValueError, ("mode is 'sum'", "'mean'", "'max'"), x, layout, "sum")
+    yield BadInput.of("x is a list", TypeError, ("x is a list", "[T, D]"), [1.0], layout)
+    yield BadInput.of("integer x", TypeError, ("x has dtype torch.int64", "floating"), x.long(), layout)
+    yield BadInput.of("sparse x", TypeError, ("x has layout torch.sparse_coo", "dense"), x.to_sparse(), layout)
+    yield BadInput.of("x of a padded batch", ValueError, ("x has shape [1, 9, 8, 1]", "[T, H, D]"), x[None, :, :, None], layout)
+    yield BadInput.of("x of one dimension", ValueError, ("x has shape [9]", "[T, D]"), x[:, 0], layout)
+    yield BadInput.of("other rows than the layout", ValueError, ("x has 8 token rows", "9", "total_k"), x[:8], layout)
+    yield BadInput.of("cu_seqlens for a layout", TypeError, ("layout is a Tensor", "PackedLayout"), x, layout.cu_seqlens_k)
+    yield BadInput.of("layout on another device", ValueError, ("layout is on meta", "cpu"), x, layout.to("meta"))
+    yield BadInput.of("unknown mode", ValueError, ("mode is 'sum'", "'mean'", "'max'"), x, layout, "sum")
 
 
 def _pool_saved(sample: Sample) -> int:
@@ -295,7 +280,7 @@ SPECS = (
         name="factorized_position_embedding",
         family="tokens",
         function=op.factorized_position_embedding,
-        reference=_on_reference(op.factorized_position_embedding),
+        reference=backends.backend("reference")(op.factorized_position_embedding),
         summary="embeddings of the row and the column of each patch, added (NaViT, arXiv 2307.06304)",
         samples=_position_samples,
         bad_inputs=_position_bad_inputs,
@@ -312,7 +297,7 @@ SPECS = (
         name="masked_pool",
         family="tokens",
         function=op.masked_pool,
-        reference=_on_reference(op.masked_pool),
+        reference=backends.backend("reference")(op.masked_pool),
         summary="mean or maximum of the tokens of each packed image (NaViT, arXiv 2307.06304)",
         samples=_pool_samples,
         bad_inputs=_pool_bad_inputs,
