@@ -131,8 +131,9 @@ def as_float64(sample: Sample) -> Sample:
 
 
 def with_grad(sample: Sample) -> Sample:
-    """The same tensors as new leaves that require a gradient."""
-    return sample.mapped(lambda tensor: tensor.detach().requires_grad_())
+    """The same tensors as new leaves that require a gradient, but for the buffers."""
+    buffers = [id(sample.kwargs[name]) for name in sample.buffers]
+    return sample.mapped(lambda tensor: tensor.detach().requires_grad_(id(tensor) not in buffers))
 
 
 def jittered(sample: Sample, seed: int, step: float | None = None) -> Sample:
@@ -191,10 +192,10 @@ def output_gradients(result: Any) -> tuple[Tensor, ...]:
     return tuple(map(output_gradient, as_tuple(result)))
 
 
-def gradients(result: Any, wanted: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients(result: Any, wanted: Sequence[Tensor], grad_outputs: Sequence[Tensor], *, allow_unused: bool = False) -> tuple[Tensor, ...]:
     """The gradient of every tensor in ``wanted``, given those of an op's outputs; of outputs that are not differentiable it is not used."""
     pairs = [(output, grad) for output, grad in zip(as_tuple(result), grad_outputs, strict=True) if output.requires_grad]
-    return torch.autograd.grad([output for output, _ in pairs], wanted, [grad for _, grad in pairs])
+    return torch.autograd.grad([output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=allow_unused)
 
 
 def evaluate(function: Function, sample: Sample, grad_outputs: Sequence[Tensor] | None = None) -> list[Tensor]:

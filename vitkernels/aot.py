@@ -27,6 +27,8 @@ from triton.compiler import ASTSource
 
 from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
+from vitkernels.ops.head_mixing import triton as head_mixing
+from vitkernels.ops.head_mixing.op import NORMS as HEAD_MIXING_NORMS
 from vitkernels.ops.packed import layout as packed_layout
 from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.packed.op import NORMS
@@ -69,6 +71,15 @@ PACKED_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm": {"norm": "l2", "gaps": True},
     "all": {"norm": "layer", "gaps": True, "bias": True, "dropout": True, "key_heads": 4},
+}
+RE_ATTENTION_DIMS = (32, 33, 64)
+# What makes re_attention's kernels differ: the norm, and dropout, without which a batch norm in training takes other sums.
+RE_ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {
+    "layer": {"norm": "layer"},
+    "layer dropout": {"norm": "layer", "dropout": True},
+    "batch": {"norm": "batch"},
+    "batch live": {"norm": "batch", "live": True},
+    "batch live dropout": {"norm": "batch", "live": True, "dropout": True},
 }
 DTYPES = (torch.bfloat16, torch.float32)
 _POINTERS = {
@@ -273,6 +284,35 @@ def packed_launches(
     return list(dict.fromkeys(found))
 
 
+def re_attention_launches(
+    dim: int, dtype: torch.dtype, *, heads: int = 12, tokens: int = 577, norm: str | None = None, live: bool = False, dropout: bool = False
+) -> list[Launch]:
+    """The distinct launches of forward and backward of re_attention at one head dim, on slices of one projection.
+
+    Args:
+        dim: of the heads.
+        dtype: of q, k and v.
+        heads: of the maps.
+        tokens: of a sample.
+        norm: of the mixed maps, with all the weights it has.
+        live: with the batch's statistics.
+        dropout: with dropout.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = empty(8, tokens, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    affine = (None, None) if norm is None else (empty(heads), empty(heads))
+    given = (empty(heads), empty(heads)) if norm == "batch" and not live else (None, None)
+    options = live, 1e-5, dim**-0.5, 0.1 if dropout else 0.0, empty(dtype=torch.int64) if dropout else None
+    small: list[Any] = [empty(heads, heads), empty(heads), HEAD_MIXING_NORMS[norm], *affine]
+    with recorded() as found:
+        out, lse, mean, var = head_mixing.re_attention(*[q, k, v, *small, *given, *options])
+        head_mixing.re_attention_backward(*[out, q, k, v, lse, *small, *((mean, var) if live else given), *options, True, True, True])
+    return list(dict.fromkeys(found))
+
+
 def compile_for(launch: Launch, target: str) -> Any:
     """Compile one launch for one of :data:`TARGETS`; no GPU needed."""
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
@@ -334,6 +374,8 @@ def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Bud
         name = str(dtype).removeprefix("torch.")
         for dim, (case, options) in itertools.product(HEAD_DIMS, PACKED_OPTIONS.items()):
             table += budgets(functools.partial(packed_launches, dim, dtype, **options), f"head {dim} {case} {name}", progress=progress)
+        for dim, (case, options) in itertools.product(RE_ATTENTION_DIMS, RE_ATTENTION_OPTIONS.items()):
+            table += budgets(functools.partial(re_attention_launches, dim, dtype, **options), f"12 heads {dim} {case} {name}", progress=progress)
     return table
 
 

@@ -42,7 +42,7 @@ class Row:
         gemm32_fraction: the same by that of a float32 ``torch.mm``.
         copy_fraction: the least traffic of a forward by the time, against a plain copy of as many bytes in the same rounds.
         error, eager_error: largest error against float64 by the largest value, of this contender and of eager, for ``error_tensor``: the output or
-            the gradient that comes nearest to breaking the rule.
+            the gradient that comes nearest to breaking the rule. Empty for a yardstick, which computes something else.
         rounds_kept, rounds_discarded, weak: see :class:`vitkernels.timing.Measurement`.
     """
 
@@ -65,8 +65,8 @@ class Row:
     gemm32_fraction: float
     copy_fraction: float | None
     error_tensor: str
-    error: float
-    eager_error: float
+    error: float | None
+    eager_error: float | None
     rounds_kept: int
     rounds_discarded: int
     weak: bool
@@ -94,6 +94,7 @@ class _Contender:
     function: Callable[..., Any]
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     backend: str = ""
+    yardstick: bool = False
 
 
 def runnable_backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -113,7 +114,8 @@ def _contenders(spec: OpSpec, tensor: Tensor, compiled: bool) -> list[_Contender
     if compiled:
         torch.compiler.reset()
         others.append(_Contender(COMPILED, torch.compile(spec.reference, dynamic=False)))
-    return [*ours, *others, *(_Contender(name, function) for name, function in spec.peers.items())]
+    others += [_Contender(name, function) for name, function in spec.peers.items()]
+    return [*ours, *others, *(_Contender(name, function, yardstick=True) for name, function in spec.yardsticks.items())]
 
 
 def _roofs(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, timing.Call], int]:
@@ -130,13 +132,15 @@ def _roofs(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple[d
     return {_GEMM: gemm(dtype), _GEMM32: gemm(torch.float32), _COPY: lambda: target.copy_(source)}, side
 
 
-def step(function: Callable[..., Any], samples: Sequence[Sample], grad_outputs: Sequence[Tensor] | None) -> timing.Call:
-    """One step as a callable: the forward, or the forward and the gradient of every input."""
+def step(
+    function: Callable[..., Any], samples: Sequence[Sample], grad_outputs: Sequence[Tensor] | None, *, allow_unused: bool = False
+) -> timing.Call:
+    """One step as a callable: the forward, or the forward and the gradient of every input; ``allow_unused``: of every one it uses."""
     if grad_outputs is None:
         return timing.rotating(lambda sample: function(*sample.args, **sample.kwargs), [(sample,) for sample in samples])
 
     def run(sample: Sample, wanted: list[Tensor]) -> Any:
-        return accuracy.gradients(function(*sample.args, **sample.kwargs), wanted, grad_outputs)
+        return accuracy.gradients(function(*sample.args, **sample.kwargs), wanted, grad_outputs, allow_unused=allow_unused)
 
     return timing.rotating(run, [(sample, accuracy.leaves(sample)) for sample in samples])
 
@@ -184,8 +188,11 @@ def bench_case(
     judge = accuracy.Judge(spec.reference, samples[0], spec.function)
 
     refused: list[Refused] = []
-    right: dict[str, tuple[_Contender, accuracy.Comparison]] = {}
+    right: dict[str, tuple[_Contender, accuracy.Comparison | None]] = {}
     for contender in _contenders(spec, samples[0].tensors()[0], compiled):
+        if contender.yardstick:
+            right[contender.name] = (contender, None)
+            continue
         try:
             # In the grad mode of the timing below, so that torch.compile compiles once.
             with contender.context(), torch.set_grad_enabled(backward):
@@ -199,7 +206,7 @@ def bench_case(
             reason = f"{verdict.name}: error {verdict.error:.2e} against float64, eager's is {verdict.eager_error:.2e}"
             refused.append(Refused(spec.name, case.name, dtype_name, mode, contender.name, reason, wrong=True))
 
-    calls = {name: step(contender.function, samples, judge.grad_outputs) for name, (contender, _) in right.items()}
+    calls = {name: step(contender.function, samples, judge.grad_outputs, allow_unused=contender.yardstick) for name, (contender, _) in right.items()}
     roofs, side = _roofs(case, dtype, device)
     with torch.set_grad_enabled(backward):
         measured = timing.interleave(
@@ -232,9 +239,9 @@ def bench_case(
             gemm32_fraction=measured.speedup(name, over=_GEMM32).p50 * flops / (2 * side**3),
             # A copy of n bytes is over when n have been read and n written; the roof copies half of what the op must move.
             copy_fraction=None if backward else measured.speedup(name, over=_COPY).p50,
-            error_tensor=verdict.name,
-            error=verdict.relative_error,
-            eager_error=verdict.relative_eager_error,
+            error_tensor=verdict.name if verdict else "",
+            error=verdict.relative_error if verdict else None,
+            eager_error=verdict.relative_eager_error if verdict else None,
             rounds_kept=measured.kept,
             rounds_discarded=measured.discarded,
             weak=measured.weak,

@@ -26,12 +26,14 @@ def is_floating(value: Any) -> bool:
 class Sample:
     """One call of an op: ``spec.function(*args, **kwargs)``.
 
-    ``args`` hold fresh tensors, also in lists and tuples, whose ``requires_grad`` is already set where the op is differentiable.
+    ``args`` hold fresh tensors, also in lists and tuples, whose ``requires_grad`` is already set where the op is differentiable. ``buffers`` names
+    the keyword arguments in which it is not.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """The floating tensors among the arguments, in order, those in lists included."""
@@ -102,6 +104,7 @@ class OpSpec:
         bad_inputs: calls that must be refused.
         bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/``.
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
+        yardsticks: what is timed beside them although it computes something else, such as plain attention; same signature, never judged.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
         known_inexact: kernels that break the accuracy rule and are not mended yet, as (backend, dtype, name of the sample): expected failures in the
@@ -125,6 +128,7 @@ class OpSpec:
     saved_bytes: Callable[[Sample], int]
     working_activations: tuple[int, int] = (1, 1)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
     known_inexact: tuple[tuple[str, torch.dtype, str], ...] = ()
     tiles_span_images: tuple[str, ...] = ()
@@ -138,11 +142,13 @@ class OpSpec:
 def all_specs() -> dict[str, OpSpec]:
     """Every op's spec by name."""
     from vitkernels.ops.cascaded_group import spec as cascaded_group
+    from vitkernels.ops.head_mixing import spec as head_mixing
     from vitkernels.ops.packed import spec as packed
     from vitkernels.ops.separable import spec as separable
     from vitkernels.ops.tokens import spec as tokens
 
-    return {spec.name: spec for spec in (*separable.SPECS, *cascaded_group.SPECS, *packed.SPECS, *tokens.SPECS)}
+    families = (separable, cascaded_group, packed, tokens, head_mixing)
+    return {spec.name: spec for family in families for spec in family.SPECS}
 
 
 def get(name: str) -> OpSpec:

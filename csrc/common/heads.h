@@ -22,6 +22,9 @@ struct HeadRows {
   HeadRows from_column(int64_t column_bytes) const { return {static_cast<const char*>(data) + column_bytes * column_stride, row_stride, column_stride}; }
 };
 
+// Rows of one head lie far apart in memory, where no hardware prefetcher sees them coming.
+constexpr int64_t kRowsAhead = 8;
+
 template <class S>
 void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
   using T = Arith<S>;
@@ -33,6 +36,7 @@ void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to
     if (from.column_stride == 1) {
       for (int64_t c = 0; c < to_row; c += lanes) {
         const int64_t left = columns - c;
+        __builtin_prefetch(source + kRowsAhead * from.row_stride + c);
         store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
       }
     } else {

@@ -50,9 +50,8 @@ def main(name: str, backend: str, device: str) -> dict[str, object]:
     cases = sorted(spec.bench_cases, key=lambda case: case.elements_moved)
 
     def run(sample: Sample) -> dict[str, object]:
-        inputs = sample.tensors()
-        for tensor in inputs:
-            tensor.requires_grad_()
+        sample = accuracy.with_grad(sample)
+        inputs = accuracy.leaves(sample)
         meter.reset()
         outputs = accuracy.as_tuple(spec.function(*sample.args, **sample.kwargs))
         forward = {"peak": meter.peak(), "results": _size(*outputs) + spec.saved_bytes(sample)}

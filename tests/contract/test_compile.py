@@ -84,6 +84,12 @@ def _repacked_rows(base: Sample, batch: int, length: int) -> Sample:
     return replace(base, args=(*(_dynamic(t, batch, length, *t.shape[2:], dims=(0, 1)) for t in base.args[:3]), image_ids), kwargs={})
 
 
+def _retokened(base: Sample, batch: int, length: int) -> Sample:
+    """q, k and v [B, H, N, D] of another batch and length."""
+    tokens = (_dynamic(t, batch, t.shape[1], length, t.shape[3], dims=(0, 2)) for t in base.args[:3])
+    return replace(base, args=(*tokens, *base.args[3:]))
+
+
 def _replaced(base: Sample, batch: int, length: int) -> Sample:
     """So many tokens, each somewhere."""
     x, *tables = base.args[:3]
@@ -109,6 +115,7 @@ _IN_ANOTHER_SIZE = {
     "cascaded_group_attention_batch_norm": _resized(1),
     "varlen_attention": _repacked,
     "packed_attention": _repacked_rows,
+    "re_attention": _retokened,
     "factorized_position_embedding": _replaced,
     "masked_pool": _repooled,
 }

@@ -75,12 +75,13 @@ def test_every_call_draws_a_new_mask(target: Target) -> None:
 
 def test_dropout_of_nothing_is_no_dropout(target: Target) -> None:
     """With p = 0 in training, and with any p in evaluation, it is the plain op to the last bit and draws no random number."""
+    in_training, in_evaluation = (_training(target), 0.0), ({"training": False}, 0.4)
     for sample in _samples(target):
-        plain = _results(target, sample)
-        in_evaluation = [{"dropout_p": 0.4, "training": False}] if _training(target) else []
-        for kwargs in ({"dropout_p": 0.0} | _training(target), *in_evaluation):
+        for mode, dropout_p in (in_training, in_evaluation) if _training(target) else (in_training,):
+            kwargs = sample.kwargs | mode
+            plain = _results(target, replace(sample, kwargs=kwargs))
             state = torch.get_rng_state()
-            assert_bit_equal(plain, _results(target, replace(sample, kwargs=sample.kwargs | kwargs)))
+            assert_bit_equal(plain, _results(target, replace(sample, kwargs=kwargs | {"dropout_p": dropout_p})))
             assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -23,6 +23,7 @@ _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "varlen_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "packed_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "factorized_position_embedding": lambda sample: torch.empty(sample.args[0].shape).stride(),
+    "re_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "masked_pool": lambda sample: torch.empty(sample.kwargs["layout"].sequences, *sample.args[0].shape[1:]).stride(),
 }
 

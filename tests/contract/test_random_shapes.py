@@ -301,6 +301,45 @@ def _make_pool(drawn: dict[str, Any], device: str) -> Sample:
     return Sample(str(drawn), (x.to(device).requires_grad_(),), {"layout": layout.to(device), "mode": drawn["mode"]})
 
 
+@st.composite
+def _re_attention(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    # Statistics of a batch, and of the heads of a layer norm, that are no accident of two or three numbers.
+    return {
+        "shape": (
+            draw(st.integers(0, 3)),
+            draw(st.integers(4, 8 if small else 20)),
+            draw(st.integers(4, 20 if small else 80)),
+            draw(st.integers(4, 80)),
+        ),
+        "value_dim": draw(st.integers(4, 80)),
+        "norm": draw(st.sampled_from((None, "layer", "batch", "batch in training"))),
+        "biases": draw(st.tuples(st.booleans(), st.booleans())),
+        "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 3)),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_re_attention(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    shape, (with_bias, affine) = drawn["shape"], drawn["biases"]
+    heads = shape[1]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(drawn["dtype"])
+
+    args = [_arranged(draw(*shape[:3], dim), how) for dim, how in zip((shape[3], shape[3], drawn["value_dim"]), drawn["layouts"], strict=True)]
+    args += [draw(heads, heads) * heads**-0.5, *([draw(heads)] if with_bias else [])]
+    kwargs: dict[str, Any] = {"eps": 1e-3}
+    if drawn["norm"]:
+        kwargs |= {"norm": drawn["norm"].partition(" ")[0]}
+        kwargs |= {"norm_weight": draw(heads), "norm_bias": draw(heads)} if affine else {}
+    sample = Sample(str(drawn), tuple(args), kwargs).mapped(lambda t: t.to(device).requires_grad_())
+    if drawn["norm"] == "batch":
+        sample.kwargs.update(running_mean=draw(heads).to(device), running_var=(0.1 + draw(heads).square()).to(device))
+    return sample
+
+
 # How to draw a call of each op, a small one for Triton's interpreter; a new op writes its own here.
 _DRAWN = {
     "separable_attention": (_attention, _make_attention),
@@ -311,6 +350,7 @@ _DRAWN = {
     "packed_attention": (_packed, _make_packed),
     "factorized_position_embedding": (_positions, _make_positions),
     "masked_pool": (_pool, _make_pool),
+    "re_attention": (_re_attention, _make_re_attention),
 }
 
 

@@ -145,8 +145,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         share(row.gemm_fraction),
         share(row.gemm32_fraction),
         share(row.copy_fraction),
-        f"{row.error:.1e}",
-        f"{row.eager_error:.1e}",
+        *("" if error is None else f"{error:.1e}" for error in (row.error, row.eager_error)),
     )
 
 
@@ -183,7 +182,8 @@ def write(folder: Path, rows: list[Row], refused: list[Refused], origin: dict[st
         "Speed is eager's time by the contender's, taken inside each round of an interleaved run; the median. *of gemm*: the algorithm's",
         "arithmetic by the time, against a square `torch.mm` in the same dtype (and in float32) in the same rounds; forward+backward counts three",
         "forwards. *of copy*: the least memory traffic against a copy of as many bytes. *error*: the largest error against float64 by the largest",
-        "value, of the output or gradient that is nearest to the limit (twice eager's own error, plus rounding).",
+        "value, of the output or gradient that is nearest to the limit (twice eager's own error, plus rounding); none for what computes",
+        "something else.",
         "",
     ]
     for op in dict.fromkeys(row.op for row in rows):

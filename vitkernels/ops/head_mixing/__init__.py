@@ -1,0 +1,1 @@
+"""Re-Attention of DeepViT: attention maps mixed across heads."""

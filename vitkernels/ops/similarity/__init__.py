@@ -1,0 +1,1 @@
+"""How alike attention maps are: the collapse metric of DeepViT."""
