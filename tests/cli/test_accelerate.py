@@ -172,6 +172,17 @@ def test_photos_of_a_navit_keep_their_shapes(report: Callable[..., Any], monkeyp
     assert found["accuracy_rule_holds"] and len(found["replaced"]) == 8
 
 
+def test_the_deepvit_is_the_papers_of_16_blocks(report: Callable[..., Any]) -> None:
+    model = _zoo.load("vit_pytorch:DeepViT")
+    layers = model.module.transformer.layers
+    attention, feed_forward = layers[0]
+    assert model.size == 224 and len(layers) == 16 and attention.heads == 12 and model.module.pos_embedding.shape == (1, 197, 384)
+    assert attention.to_qkv.weight.shape == (3 * 12 * 32, 384) and feed_forward.net[1].out_features == 1152
+    found = report("accelerate", "vit_pytorch:DeepViT", "--size", 64, "--batch", 2, "--train", "--repeats", 2, "--threads", 1)
+    assert found["accuracy_rule_holds"]
+    assert [record["path"] for record in found["replaced"]] == [f"transformer.layers.{i}.0" for i in range(16)]
+
+
 def test_an_image_is_cut_and_normalised_as_the_model_wants(tmp_path: Path) -> None:
     Image.new("RGB", (40, 90), (255, 0, 51)).save(tmp_path / "flat.png")
     model = _zoo.ZooModel("m", "timm", torch.nn.Identity(), 16, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 0.1))
@@ -196,7 +207,8 @@ def test_torch_compile_that_fails_is_a_note(report: Callable[..., Any], monkeypa
 
 def test_demo_writes_its_report(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {name for name, *_ in demo.runs()} == {
-        *("mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4", "vit_pytorch:NaViT")
+        *("mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4"),
+        *("vit_pytorch:NaViT", "vit_pytorch:DeepViT"),
     }
     assert {batch for name, batch, *_ in demo.runs() if name.startswith("efficientvit")} == {1, 16}
     assert {name for name, *_, training in demo.runs() if training} == {"mobilevitv2_050", "efficientvit_m0", "vit_pytorch:NaViT"}

@@ -1,5 +1,5 @@
-"""A small MobileViTv2 and EfficientViT of timm's blocks, a small NaViT of vit_pytorch, and real images to train them on: scikit-learn's handwritten
-digits, upsampled.
+"""A small MobileViTv2 and EfficientViT of timm's blocks, a small NaViT and a narrow DeepViT of vit_pytorch, and real images to train them on:
+scikit-learn's handwritten digits, upsampled.
 """
 
 from __future__ import annotations
@@ -80,6 +80,15 @@ class NaViTDigits(nn.Module):
 def navit() -> nn.Module:
     torch.manual_seed(0)
     return NaViTDigits()
+
+
+def deepvit() -> nn.Module:
+    """vit_pytorch's DeepViT of 32 blocks, narrow: four heads of eight channels over nine patches and the class token."""
+    from vit_pytorch.deepvit import DeepViT
+
+    torch.manual_seed(0)
+    small = {"dim": 32, "heads": 4, "dim_head": 8, "mlp_dim": 64}
+    return DeepViT(image_size=24, patch_size=8, channels=1, num_classes=10, depth=32, pool="mean", **small)
 
 
 def images(size: int = 24) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,10 @@ _VIT_PYTORCH_ARGUMENTS: dict[str, Any] = {
     "mlp_dim": 768,
 }
 # vit_pytorch.mobile_vit.MobileViT is a whole family: these are its paper's (S) dimensions. A NaViT's image_size is that of its position tables.
+# DeepViT is its paper's of 16 blocks.
 _VIT_PYTORCH_SPECIAL: dict[str, dict[str, Any]] = {
     "NaViT": {"image_size": 384, "patch_size": 16},
+    "DeepViT": {"image_size": 224, "patch_size": 16, "depth": 16, "heads": 12, "dim_head": 32, "mlp_dim": 1152},
     "MobileViT": {"image_size": (256, 256), "dims": [144, 192, 240], "channels": [16, 32, 64, 64, 96, 96, 128, 128, 160, 160, 640]},
 }
 
@@ -181,7 +183,8 @@ def _build_hf(name: str, size: int | None) -> ZooModel:
 
 def _build_vit_pytorch(name: str, size: int | None) -> ZooModel:
     cls = getattr(importlib.import_module(_vit_pytorch_classes()[name]), name)
-    known = _VIT_PYTORCH_ARGUMENTS | _VIT_PYTORCH_SPECIAL.get(name, {})
+    special = _VIT_PYTORCH_SPECIAL.get(name, {})
+    known = _VIT_PYTORCH_ARGUMENTS | special
     if size is not None:
         known["image_size"] = (size, size) if isinstance(known["image_size"], tuple) else size
     parameters = [p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -190,7 +193,7 @@ def _build_vit_pytorch(name: str, size: int | None) -> ZooModel:
         words = ", ".join(missing)
         raise CliError(f"vit_pytorch's {name} needs {words}, which have no usual value: build it in Python and call vitkernels.accelerate on it")
     side = known["image_size"]
-    module, longest = cls(**{k: known[k] for k in required}), side if isinstance(side, int) else side[0]
+    module, longest = cls(**{k: known[k] for k in {*required, *special}}), side if isinstance(side, int) else side[0]
     if name == "NaViT":
         return ZooModel(name, "vit_pytorch", module, longest, patch=known["patch_size"], options={"group_images": True})
     return ZooModel(name, "vit_pytorch", module, longest)

@@ -22,6 +22,7 @@ _MODELS = {
     "efficientvit_m0": (224, 16),
     "efficientvit_m4": (224, 16),
     "vit_pytorch:NaViT": (384, 10),
+    "vit_pytorch:DeepViT": (224, 8),
 }
 _TRAINED = ("mobilevitv2_050", "efficientvit_m0", "vit_pytorch:NaViT")
 _HEADERS = (
@@ -76,7 +77,7 @@ def runs() -> list[tuple[str, int, torch.dtype, bool]]:
 def command(
     folder: Path, models: tuple[str, ...], compiled: bool, rounds: int, seconds: float, peers: bool, device: str | None, threads: int | None
 ) -> None:
-    """Real MobileViTv2, EfficientViT and NaViT models on real photos, original and accelerated: errors against float64, speed, a plot, a report."""
+    """Real MobileViTv2, EfficientViT, NaViT and DeepViT models on photos, original and accelerated: errors against float64, speed, plot, report."""
     target = device_of(device)
     set_threads(threads)
     folder = report.results_folder(folder)

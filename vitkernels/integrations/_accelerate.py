@@ -115,7 +115,8 @@ def accelerate(
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
-    ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads.
+    ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads. Dropout in a
+    DeepViT's attention draws other masks, too, and the authors' DeepViT returns None in the place of attention maps that nobody reads.
 
     ``torch.export``, ONNX export, ``torch.jit.trace`` and ``torch.fx`` see the original code. ``torch.jit.script`` does not know the
     replacements: call :meth:`Handle.remove` first.

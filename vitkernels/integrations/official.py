@@ -4,19 +4,20 @@ MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, `
 
 EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
 ``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
+
+DeepViT: ``ReAttention`` with ``qkv``, ``reatten_matrix``, ``var_norm`` and ``proj``, in a ``DeepVisionTransformer`` with ``blocks`` and ``cos_reg``.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vitkernels.backends import backend
-from vitkernels.integrations._fused import Fused, Role, fell_back, published, swap
+from vitkernels.integrations import head_mixing
+from vitkernels.integrations._fused import Fused, Role, fell_back, published
+from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.separable import Attention, Layers, Patch
 from vitkernels.nn import _checks
@@ -40,7 +41,7 @@ class CvnetsAttention(Attention):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or _why_not_same(
+        return super()._vk_why_not(module, role) or why_not_same(
             "ml-cvnets' LinearSelfAttention", module, {"": cls}, (cls._vk_layers(module).out.in_channels, 3, 5)
         )
 
@@ -66,7 +67,7 @@ class CreamAttention(CascadedAttention):
         if (reason := super()._vk_why_not(module, role)) is not None:
             return reason
         side = math.isqrt(module.attention_biases.shape[1])
-        return _why_not_same("Cream's CascadedGroupAttention", module, {"": cls}, (_channels(module), side, side))
+        return why_not_same("Cream's CascadedGroupAttention", module, {"": cls}, (_channels(module), side, side))
 
 
 class CreamWindowAttention(WindowAttention):
@@ -77,7 +78,7 @@ class CreamWindowAttention(WindowAttention):
         if (reason := super()._vk_why_not(module, role)) is not None:
             return reason
         shape = (_channels(module.attn), module.resolution, module.resolution)
-        return _why_not_same("Cream's LocalWindowAttention", module, {"": cls, "attn": CreamAttention}, shape)
+        return why_not_same("Cream's LocalWindowAttention", module, {"": cls, "attn": CreamAttention}, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """The original's argument and result, and for a map of another size its error."""
@@ -89,46 +90,6 @@ class CreamWindowAttention(WindowAttention):
 
 def _channels(attention: Any) -> int:
     return attention.proj[1].weight.shape[0] if isinstance(attention.proj[1], nn.Conv2d) else attention.proj[1][0].weight.shape[0]
-
-
-def _why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...]) -> str | None:
-    """A name and some attributes promise nothing about the code: run a copy once, in evaluation and in training, and compare.
-
-    Args:
-        known_as: what it is taken for.
-        module: the module.
-        swaps: what would be replaced in it, by path.
-        shape: of an input, without the batch.
-    """
-    weight = swaps[""]._vk_weight(module)
-    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
-        return "its code is recognised by attributes only, and cannot be checked by running it: its weights are not materialised here"
-    cuda = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(cuda), torch.no_grad(), backend("reference"), torch.autocast(weight.device.type, enabled=False):
-        theirs, ours = copy.deepcopy(module).double(), copy.deepcopy(module).double()
-        for parameter, twin in zip(theirs.parameters(), ours.parameters(), strict=True):
-            # Away from zeros that would hide what they are multiplied with, such as the last norm's weight at the start of training.
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            twin.copy_(parameter)
-        for path, mixin in swaps.items():
-            swap(ours.get_submodule(path), mixin)
-        x = torch.randn(2, *shape, dtype=torch.float64, device=weight.device)
-        for training in (False, True):
-            outputs = []
-            for probe in (theirs, ours):
-                probe.train(training)
-                torch.manual_seed(0)
-                try:
-                    # Not a call: the hooks on the module are for the user's data.
-                    outputs.append(probe.forward(x))
-                except Exception as error:  # whatever foreign code may raise
-                    return f"it has the attributes of {known_as}, but does not run like it: {error}"
-            expected, got = outputs
-            # Chained sums over d in another order differ by about d roundings each.
-            bound = shape[0] ** 2 * torch.finfo(x.dtype).eps * expected.abs().max().clamp_min(1)
-            if expected.shape != got.shape or not (expected - got).abs().max() <= bound:
-                return f"it has the attributes of {known_as}, but computes something else"
-    return None
 
 
 _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] = {
@@ -145,6 +106,18 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         ("key_dim", "scale", "attention_biases", "attention_bias_idxs"),
     ),
     "LocalWindowAttention": (CreamWindowAttention, {"attn"}, set(), ("resolution", "window_resolution", "attn.attention_bias_idxs")),
+    "ReAttention": (
+        head_mixing.AuthorsAttention,
+        {"qkv", "attn_drop", "proj", "proj_drop"},
+        {"reatten_matrix", "var_norm"},
+        ("num_heads", "scale", "apply_transform"),
+    ),
+    "DeepVisionTransformer": (
+        head_mixing.AuthorsModel,
+        {"patch_embed", "pos_drop", "blocks", "norm", "head"},
+        set(),
+        ("cos_reg", "cls_token", "pos_embed", "forward_features"),
+    ),
 }
 """Class name: the replacement, the children it has, those it may have, and the attributes."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitkernels.integrations import packed
 from vitkernels.integrations._fused import Fused, Role, fell_back
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
+from vitkernels.integrations.head_mixing import TalkingHeads
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
@@ -197,4 +198,5 @@ TABLE: dict[str, type[Fused]] = {
     "timm.models.efficientvit_msra.CascadedGroupAttention": CascadedAttention,
     "timm.models.efficientvit_msra.LocalWindowAttention": WindowAttention,
     "timm.models.naflexvit.NaFlexVit": NaFlex,
+    "timm.models.cait.TalkingHeadAttn": TalkingHeads,
 }

@@ -1,7 +1,7 @@
-"""vit_pytorch: both NaViTs, ``na_vit`` (rows of several images, a mask) and ``na_vit_nested_tensor``.
+"""vit_pytorch: DeepViT (in ``head_mixing.py``), and both NaViTs, ``na_vit`` (rows of several images, a mask) and ``na_vit_nested_tensor``.
 
-What is the same: the images in their order, which tokens are dropped (the same draws from PyTorch's generator), outputs and gradients. What is not:
-with dropout the masks are other ones of the same probability, because no [R, S, S] weights and no padding are there to draw them for.
+What is the same in a NaViT: the images in their order, which tokens are dropped (the same draws from PyTorch's generator), outputs and gradients.
+What is not: with dropout the masks are other ones of the same probability, because no [R, S, S] weights and no padding are there to draw them for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.integrations._fused import Fused, Role, fell_back, origin, qualified
+from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.packed import Layers, Part, untraced, why_not_here
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
@@ -268,4 +269,5 @@ TABLE: dict[str, type[Fused]] = {
     _PADDED + "Attention": PaddedAttention,
     _NESTED + "NaViT": NestedNaViT,
     _NESTED + "Attention": NestedAttention,
+    "vit_pytorch.deepvit.Attention": VitPytorchAttention,
 }
