@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,12 +145,12 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _dress(axes: Any, title: str, label: str) -> None:
+def _dress(axes: Any, title: str, label: str, grid: str = "x") -> None:
     axes.set_facecolor("white")
     axes.set_title(title, color=_INK, fontsize=11, loc="left")
     axes.set_xlabel(label, color=_INK)
     axes.tick_params(colors=_INK)
-    axes.grid(axis="x", color=_RULE, linewidth=0.6)
+    axes.grid(axis=grid, color=_RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -199,5 +201,34 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float,
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), frameon=False, labelcolor=_INK)
+    figure.savefig(path, dpi=130, facecolor="white")
+    return path
+
+
+def by_depth(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], label: str) -> Path:
+    """A value from 0 to 1 of each layer, over depth: for each series the mean as a line with a dot at each layer, and each head as a thin line.
+
+    Args:
+        path: the PNG to write.
+        panels: panel title -> series -> for each layer, the values of its heads; of a layer that has none, nothing. There the lines are broken.
+        label: of the value axis.
+    """
+    figure, grid = _figure(1, len(panels), 4.2)
+    for axes, (title, series) in zip(grid.flat, panels.items(), strict=True):
+        _dress(axes, title, "layer", grid="y")
+        for index, (name, layers) in enumerate(series.items()):
+            colour = _COLOURS[index % len(_COLOURS)]
+            depth = range(1, len(layers) + 1)
+            for head in range(max(map(len, layers), default=0)):
+                axes.plot(depth, [layer[head] if head < len(layer) else math.nan for layer in layers], color=colour, linewidth=0.6, alpha=0.35)
+            means = [statistics.fmean(layer) if layer else math.nan for layer in layers]
+            axes.plot(depth, means, color=colour, linewidth=2, marker="o", markersize=4, label=name)
+        axes.set_ylabel(label, color=_INK)
+        axes.set_xlim(0.5, max(map(len, series.values()), default=1) + 0.5)
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    names = [f"{name}: mean (thin: each head)" for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, max(1, len(handles))), frameon=False, labelcolor=_INK)
     figure.savefig(path, dpi=130, facecolor="white")
     return path

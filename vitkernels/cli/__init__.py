@@ -1,11 +1,11 @@
-"""The command line: ``vitkernels doctor | build | verify | accelerate | bench | demo``."""
+"""The command line: ``vitkernels doctor | build | verify | accelerate | inspect | bench | demo``."""
 
 from __future__ import annotations
 
 import click
 
 from vitkernels._version import __version__
-from vitkernels.cli import accelerate, bench, build, demo, doctor, verify
+from vitkernels.cli import accelerate, bench, build, demo, doctor, inspect, verify
 from vitkernels.cli._common import Group
 
 
@@ -15,5 +15,5 @@ def main() -> None:
     """Fast vision-transformer kernels for the models you already have."""
 
 
-for module in (doctor, build, verify, accelerate, bench, demo):
+for module in (doctor, build, verify, accelerate, inspect, bench, demo):
     main.add_command(module.command)
