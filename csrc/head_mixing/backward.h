@@ -387,8 +387,12 @@ class BackwardPasses {
     const T scale = static_cast<T>(a_.scale);
     if (a_.grad_q) {
       Buffer<T> grad_q(rows * n_.dim_row);
-      gemm<T>(rows, n_.tokens, n_.dim_row / lanes, tile.grads(h), n_.map_row, 1, s.keys(h), n_.dim_row,
-              [&](int64_t i, int64_t c, Vec<T> acc) { store(grad_q + i * n_.dim_row + c * lanes, acc * scale); });
+      for_keys(n_.tokens, [&](int64_t j, int64_t keys) {
+        gemm<T>(rows, keys, n_.dim_row / lanes, tile.grads(h) + j, n_.map_row, 1, s.keys(h) + j * n_.dim_row, n_.dim_row, [&](int64_t i, int64_t c, Vec<T> acc) {
+          T* at = grad_q + i * n_.dim_row + c * lanes;
+          store(at, j == 0 ? acc * scale : load(at) + acc * scale);
+        });
+      });
       put(a_.grad_q, b, h, first, rows, n_.dim, grad_q, n_.dim_row);
     }
     if (a_.grad_k) {

@@ -117,8 +117,9 @@ class Tile {
       const int64_t at = g * n_.rows * n_.map_row;
       const T constant = mixing_.constant[g];
       const T* sums = column_sums + g * n_.value_row;
-      products_.out(rows, maps_ + at, mixed_ + at / 2, values + g * products_.values_size(), [&](int64_t i, int64_t c, Vec<T> acc) {
-        store(out_ + i * n_.value_row + c * kLanes<T>, acc + load(sums + c * kLanes<T>) * constant);
+      products_.out(rows, maps_ + at, mixed_ + at / 2, values + g * products_.values_size(), [&](int64_t i, int64_t c, Vec<T> acc, bool first) {
+        T* target = out_ + i * n_.value_row + c * kLanes<T>;
+        store(target, acc + (first ? load(sums + c * kLanes<T>) * constant : load(target)));
       });
       void* target = static_cast<char*>(out) + ((sample * n_.heads + g) * n_.tokens + first) * n_.value_dim * io_.bytes;
       io_.store_rows(target, n_.value_dim, rows, n_.value_dim, out_, n_.value_row);

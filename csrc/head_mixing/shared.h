@@ -17,6 +17,20 @@ constexpr int64_t kMostHeads = 64;
 // The maps of a tile, all heads of some rows, stay in the L2 cache.
 constexpr int64_t kTileBytes = 512 << 10;
 constexpr int64_t kMostRows = 32;
+// Mixed maps have both signs: what one chain of sums over all keys rounds off would be twice what the blocked sums of a matrix product do.
+constexpr int64_t kMostKeys = 256;
+
+// body(first key, keys) for parts of all keys, even ones; once if there is none.
+template <class Body>
+inline void for_keys(int64_t tokens, const Body& body) {
+  const int64_t keys = max_of<int64_t>(ceil_div(tokens, max_of<int64_t>(ceil_div(tokens, kMostKeys), 1)), 1);
+  int64_t j = 0;
+  do {
+    body(j, min_of(keys, tokens - j));
+    j += keys;
+  } while (j < tokens);
+}
+
 
 template <class T>
 struct Sizes {
@@ -62,9 +76,13 @@ struct Plain {
     gemm_panels<T>(rows, dim, ceil_div(n.tokens, kLanes<T>), left, left_row(dim), 1, panels, dim * kPanel<T>, epilogue);
   }
   void put(T* maps, T*, int64_t place, Vec<T> v) const { store(maps + place, v); }
+  // epilogue(row, vector, sums of some keys, whether they are the first).
   template <class Epilogue>
   void out(int64_t rows, const T* maps, const T*, const T* values, const Epilogue& epilogue) const {
-    gemm_panels<T>(rows, n.tokens, n.value_row / kLanes<T>, maps, n.map_row, 1, values, n.tokens * kPanel<T>, epilogue);
+    for_keys(n.tokens, [&](int64_t j, int64_t keys) {
+      gemm_panels<T>(rows, keys, n.value_row / kLanes<T>, maps + j, n.map_row, 1, values + j * kPanel<T>, n.tokens * kPanel<T>,
+                     [&](int64_t i, int64_t c, Vec<T> acc) { epilogue(i, c, acc, j == 0); });
+    });
   }
 };
 
@@ -96,7 +114,8 @@ struct Pairs {
   void put(float*, float* mixed, int64_t place, Vec<float> v) const { store_bfloat16(mixed, place, v); }
   template <class Epilogue>
   void out(int64_t rows, const float*, const float* mixed, const float* values, const Epilogue& epilogue) const {
-    gemm_pairs(rows, ceil_div(n.tokens, 2), n.value_row / kFloatLanes, mixed, n.map_row, values, ceil_div(n.tokens, 2) * kPanel<float>, epilogue);
+    gemm_pairs(rows, ceil_div(n.tokens, 2), n.value_row / kFloatLanes, mixed, n.map_row, values, ceil_div(n.tokens, 2) * kPanel<float>,
+               [&](int64_t i, int64_t c, Vec<float> acc) { epilogue(i, c, acc, true); });
   }
 };
 
