@@ -1,6 +1,6 @@
-"""One inference engine in a process of its own; run by path, so that torch and its threads stay out of it. See :mod:`._engines`.
+"""One inference engine in a process of its own; its text is what is run, so that torch and its threads stay out of it. See :mod:`._engines`.
 
-``python _engine_worker.py ENGINE MODEL.onnx INPUT.npy OUTPUT.npy THREADS`` loads the model, writes its output for the input, and says so with a line
+``python -c TEXT ENGINE MODEL.onnx INPUT.npy OUTPUT.npy THREADS`` loads the model, writes its output for the input, and says so with a line
 of JSON. After that each line ``N`` on stdin runs the model N times, and once before to warm up, and is answered with the seconds a call took.
 """
 

@@ -47,7 +47,8 @@ class Engine:
 
     def __init__(self, package: str, model: Path, image: Path, threads: int) -> None:
         output = model.with_name(f"{package}.npy")
-        command = [sys.executable, Path(__file__).with_name("_engine_worker.py"), package, model, image, output, threads]
+        # As text: run by path, its folder would be the first to be searched, and `inspect` there is a command of ours.
+        command = [sys.executable, "-c", Path(__file__).with_name("_engine_worker.py").read_text(), package, model, image, output, threads]
         self._package = package
         self._process = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
