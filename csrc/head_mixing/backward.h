@@ -85,7 +85,8 @@ class BackwardTile {
  public:
   BackwardTile(const Backward& a, const Sizes<T>& n, const Mixing<T>& mixing, int64_t rows)
       : a_(a), n_(n), mixing_(mixing), head_size_(rows * n.map_row), maps_(n.heads * head_size_), grads_(n.heads * head_size_),
-        factors_(a.dropout ? n.heads * head_size_ : 0), mixed_(n.heads * n.map_row), left_(n.heads * n.map_row), right_(n.heads * n.map_row), yx_(n.heads, false), xx_(n.heads, true) {
+        factors_(a.dropout ? n.heads * head_size_ : 0), mixed_(n.heads * n.map_row), left_(n.heads * n.map_row), right_(n.heads * n.map_row),
+        yx_(n.heads, false), xx_(n.heads, true) {
     // What lies beyond the last key is read, and never written.
     std::memset(maps_.get(), 0, static_cast<size_t>(n.heads * head_size_) * sizeof(T));
     std::memset(grads_.get(), 0, static_cast<size_t>(n.heads * head_size_) * sizeof(T));
@@ -388,7 +389,8 @@ class BackwardPasses {
     if (a_.grad_q) {
       Buffer<T> grad_q(rows * n_.dim_row);
       for_keys(n_.tokens, [&](int64_t j, int64_t keys) {
-        gemm<T>(rows, keys, n_.dim_row / lanes, tile.grads(h) + j, n_.map_row, 1, s.keys(h) + j * n_.dim_row, n_.dim_row, [&](int64_t i, int64_t c, Vec<T> acc) {
+        const T *grads = tile.grads(h) + j, *k = s.keys(h) + j * n_.dim_row;
+        gemm<T>(rows, keys, n_.dim_row / lanes, grads, n_.map_row, 1, k, n_.dim_row, [&](int64_t i, int64_t c, Vec<T> acc) {
           T* at = grad_q + i * n_.dim_row + c * lanes;
           store(at, j == 0 ? acc * scale : load(at) + acc * scale);
         });

@@ -31,7 +31,6 @@ inline void for_keys(int64_t tokens, const Body& body) {
   } while (j < tokens);
 }
 
-
 template <class T>
 struct Sizes {
   static constexpr int64_t lanes = kLanes<T>;
@@ -40,7 +39,7 @@ struct Sizes {
   explicit Sizes(const Attention& a)
       : heads(a.heads), tokens(a.queries), dim(a.dim), value_dim(a.value_dim), dim_row(round_up(dim, lanes)), value_row(round_up(value_dim, lanes)),
         map_row(round_up(tokens, kPanel<T>)),
-        rows(min_of(round_up(max_of<int64_t>(kTileBytes / max_of<int64_t>(heads * map_row * static_cast<int64_t>(sizeof(T)), 1), 1), kBlockRows), round_up(min_of(kMostRows, max_of<int64_t>(tokens, 1)), kBlockRows))) {}
+        rows(round_up(max_of<int64_t>(min_of(kTileBytes / max_of<int64_t>(heads * map_row * static_cast<int64_t>(sizeof(T)), 1), min_of(kMostRows, tokens)), 1), kBlockRows)) {}
 
   int64_t tiles() const { return ceil_div(tokens, rows); }
 };
