@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vitkernels import inspection
 from vitkernels.nn import ReAttention
 
 SIZE, PATCH = 16, 4
@@ -55,18 +57,14 @@ class DeepViT(nn.Module):
 
 
 @torch.no_grad()
-def similarity_by_depth(model: DeepViT, images: Tensor) -> list[tuple[float, float]]:
-    """Mean cosine similarity of each block's attention rows to those of the block before: of the softmax maps, and of the mixed ones."""
+def similarity_of_mixed_maps(model: DeepViT, images: Tensor) -> list[float]:
+    """Mean cosine similarity of the maps that each block applies to those of the block before, by columns as the paper has it."""
     x = model.patches(images).flatten(2).transpose(1, 2) + model.position
     maps = []
     for block in model.blocks:
-        attn, tokens = block.attn, block.norm1(x)
-        q, k, _ = attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        plain = (q @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)
-        maps.append((plain, attn(tokens, return_map=True)[1]))
+        maps.append(block.attn(block.norm1(x), return_map=True)[1])
         x = block(x)
-    pairs = itertools.pairwise(maps)
-    return [tuple(F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(*pair, strict=True)) for pair in pairs]
+    return [F.cosine_similarity(*pair, dim=-2).mean().item() for pair in itertools.pairwise(maps)]
 
 
 def main() -> None:
@@ -75,6 +73,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=1797, help="how many of the 1797 digits to use, a fifth of them for testing")
     parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--plot", type=Path, default=None, help="folder for a plot and a CSV of the similarity by depth")
     parser.add_argument("--norm", choices=("batch", "layer", "none"), default="batch", help="of the mixed maps: the authors', vit-pytorch's, none")
     arguments = parser.parse_args()
 
@@ -102,10 +101,15 @@ def main() -> None:
             accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
         print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, accuracy {accuracy:.1%}", flush=True)
 
-    plain, mixed = zip(*similarity_by_depth(model, images[test][:64]), strict=True)
+    seen = images[test][:64]
+    found = inspection.layer_similarities(model, seen)
+    plain = [layer.adjacent.mean().item() for layer in found.layers[1:]]
     print("similarity of a block's maps to those of the block before")
     print("  before mixing:", " ".join(f"{value:.2f}" for value in plain))
-    print("  after mixing: ", " ".join(f"{value:.2f}" for value in mixed))
+    print("  after mixing: ", " ".join(f"{value:.2f}" for value in similarity_of_mixed_maps(model, seen)))
+    if arguments.plot is not None:
+        arguments.plot.mkdir(parents=True, exist_ok=True)
+        print("written:", *inspection.write(arguments.plot, {f"DeepViT of {arguments.depth} blocks": found}, "deepvit"))
 
 
 if __name__ == "__main__":

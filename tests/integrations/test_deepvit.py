@@ -812,16 +812,18 @@ def test_module_refuses(options: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_the_example_runs(norm: str) -> None:
+def test_the_example_runs(norm: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     script = root / "examples" / "deepvit" / "train_digits.py"
     if not script.is_file():
         pytest.skip("the examples are not part of this copy")
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--epochs", "2", "--images", "600", "--depth", "3", "--norm", norm]
+    command = [sys.executable, str(script), "--epochs", "2", "--images", "600", "--depth", "3", "--norm", norm, "--plot", str(tmp_path / "plot")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss ([\d.]+), accuracy [\d.]+%\n", done.stdout)]
     assert len(losses) == 2 and losses[1] < losses[0] < 2.6, done.stdout
     plain, mixed = ([float(value) for value in line.split()] for line in re.findall(r"mixing: +([-\d. ]+)\n", done.stdout))
     assert len(plain) == len(mixed) == 2 and all(0 < value <= 1 for value in plain), done.stdout
+    assert (tmp_path / "plot" / "deepvit.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "plot" / "deepvit.csv").read_text().splitlines()) == 1 + 3 * 6  # a row a layer and head
