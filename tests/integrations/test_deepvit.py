@@ -570,7 +570,8 @@ def test_maps_read_in_training(later: bool, images: Tensor) -> None:
 @pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
 @pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
 def test_maps_read_by_a_hook(later: bool, path: str, images: Tensor) -> None:
-    model = zoo.settle(authors(), images).eval()
+    # In float64: the norm divides the maps, and the rounding of the block before, by a small deviation.
+    model, images = zoo.settle(authors(), images).eval().double(), images.double()
     seen: list[Tensor] = []
 
     def watch(model: nn.Module) -> None:
