@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -333,6 +335,25 @@ def pair(model: nn.Module, images: Batch, **options: object) -> tuple[nn.Module,
     original = settle(model, images)
     accelerated = copy.deepcopy(original)
     return original, accelerated, vitkernels.accelerate(accelerated, **options)
+
+
+@contextlib.contextmanager
+def swapped_and_reverted(model: nn.Module, run: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+    """Accelerated inside, with the original's result: nothing but classes changes, copies and pickles keep them, and all of it reverts."""
+    classes = {path: type(module) for path, module in model.named_modules()}
+    keys, expected = list(model.state_dict()), run(model)
+    handle = vitkernels.accelerate(model)
+    assert list(model.state_dict()) == keys and isinstance(model, classes[""])
+    fast = run(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert torch.equal(run(twin), fast)
+        twin.load_state_dict(model.state_dict(), strict=True)
+    assert set(reasons(vitkernels.accelerate(model)).values()) == {"already accelerated"}
+    yield expected
+    handle.remove()
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    assert torch.equal(run(model), expected)
 
 
 def reasons(handle: vitkernels.Handle) -> dict[str, str]:

@@ -73,7 +73,7 @@ struct Slope {
 // Sums over a unit's queries and all keys, x: the maps minus `centre`.
 struct Totals {
   double *yx, *xx, *y, *x, *weight;  // [heads][heads] twice, [heads] three times: y x, x x, y, x, and dM x_hat of a layer norm
-  double* constant;                  // [heads]: dM itself
+  double* constant;                  // [heads]: dM itself of a layer norm, whose y is dZ
 
   static int64_t size(int64_t heads) { return 2 * heads * heads + 4 * heads; }
   Totals(double* memory, int64_t heads)
@@ -145,7 +145,10 @@ class BackwardTile {
     yx_.clear();
     for (int64_t g = 0; g < n_.heads; ++g) weight[g] = Vec<T>{};
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t g = 0; g < n_.heads; ++g) along[g] = Vec<T>{}, totals.constant[g] += row_sum(grads(g) + i * n_.map_row, n_.map_row);
+      for (int64_t g = 0; g < n_.heads; ++g) {
+        along[g] = Vec<T>{};
+        if (layer) totals.constant[g] += row_sum(grads(g) + i * n_.map_row, n_.map_row);
+      }
       for (int64_t j = 0; j < n_.map_row; j += kPanel<T>) {
         const int64_t valid = n_.tokens - j;
         load_maps(i, j, x);
@@ -253,11 +256,6 @@ class BackwardTile {
   T transposed_[kMostHeads * kMostHeads];
 };
 
-// How many elements a head's maps have; 1 of none, whose sums are all zero.
-inline double elements(const Attention& a) {
-  return max_of(static_cast<double>(a.batch) * static_cast<double>(a.queries) * static_cast<double>(a.queries), 1.0);
-}
-
 // sum y_g x_hat_g of a batch norm.
 inline double hat_product(const Backward& a, const Totals& t, int64_t g) {
   double sum = -a.mean[g] * t.y[g];
@@ -268,7 +266,7 @@ inline double hat_product(const Backward& a, const Totals& t, int64_t g) {
 // The slopes of what is affine, from the totals over the whole batch.
 template <class T>
 void make_slopes(const Backward& a, const Totals& t, Slope<T>* slopes) {
-  const double count = elements(a);
+  const double count = a.elements();
   for (int64_t g = 0; g < a.heads; ++g) {
     slopes[g] = {T(1), T(1), T(0), T(0), T(0)};
     if (a.norm != Norm::kBatch) continue;
@@ -280,7 +278,7 @@ void make_slopes(const Backward& a, const Totals& t, Slope<T>* slopes) {
 // The gradients of the mix and the norm, from the totals.
 inline void finish_small(const Backward& a, const Totals& t) {
   const int64_t heads = a.heads;
-  const double count = elements(a);
+  const double count = a.elements();
   for (int64_t g = 0; g < heads; ++g) {
     const double factor = a.norm == Norm::kBatch ? a.weight[g] / a.std[g] : 1, along = a.norm == Norm::kBatch ? hat_product(a, t, g) : t.weight[g];
     for (int64_t h = 0; h < heads; ++h) {
@@ -297,7 +295,7 @@ inline void finish_small(const Backward& a, const Totals& t) {
     }
     a.grad_bias[g] = a.norm == Norm::kBatch && a.live ? 0 : factor * t.y[g];
     a.grad_weight[g] = a.norm == Norm::kNone ? 0 : along;
-    a.grad_constant[g] = t.constant[g];
+    a.grad_constant[g] = a.norm == Norm::kLayer ? t.constant[g] : t.y[g];
   }
 }
 
@@ -305,8 +303,8 @@ template <class T, class P>
 class BackwardPasses {
  public:
   explicit BackwardPasses(const Backward& a)
-      : a_(a), n_(a), io_(storage_of<T>(a.dtype)), mixing_(a), rows_(tile_rows(n_)), tiles_(ceil_div(n_.tokens, rows_)), totals_memory_(Totals::size(n_.heads)),
-        totals_(totals_memory_, n_.heads) {}
+      : a_(a), n_(a), io_(storage_of<T>(a.dtype)), mixing_(a), rows_(tile_rows(n_)), tiles_(ceil_div(n_.tokens, rows_)),
+        parts_(max_of<int64_t>(min_of(num_threads(), tiles_), 1)), totals_memory_(Totals::size(n_.heads)), totals_(totals_memory_, n_.heads) {}
 
   void run() {
     std::memset(totals_memory_.get(), 0, static_cast<size_t>(Totals::size(n_.heads)) * sizeof(double));
@@ -333,12 +331,12 @@ class BackwardPasses {
   // body(tile, its number, first row, rows, totals) for every tile of one part of the queries after the other; the totals are added in their order.
   template <class Body>
   void for_parts(const Body& body) {
-    const int64_t parts = max_of<int64_t>(min_of(num_threads(), tiles_), 1), size = Totals::size(n_.heads);
+    const int64_t size = Totals::size(n_.heads);
     Buffer<double> sums(tiles_ * size);
     std::memset(sums.get(), 0, static_cast<size_t>(tiles_ * size) * sizeof(double));
-    parallel(parts, [&](int64_t part) {
+    parallel(parts_, [&](int64_t part) {
       BackwardTile<T> tile(a_, n_, mixing_, rows_);
-      const Range range = share(tiles_, part, parts);
+      const Range range = share(tiles_, part, parts_);
       for (int64_t t = range.begin; t < range.end; ++t) {
         Totals totals(sums + t * size, n_.heads);
         body(tile, part, t * rows_, min_of(rows_, n_.tokens - t * rows_), totals);
@@ -358,11 +356,10 @@ class BackwardPasses {
 
   // Parts of the queries, each with its own dK and dV, summed in their order.
   void differentiate(const Sample<T, P>& s, int64_t b) {
-    const int64_t parts = max_of<int64_t>(min_of(num_threads(), tiles_), 1);
     const int64_t k_size = n_.heads * n_.tokens * n_.dim_row, v_size = n_.heads * n_.tokens * n_.value_row;
-    Buffer<T> grad_k(parts * k_size), grad_v(parts * v_size);
-    std::memset(grad_k.get(), 0, static_cast<size_t>(parts * k_size) * sizeof(T));
-    std::memset(grad_v.get(), 0, static_cast<size_t>(parts * v_size) * sizeof(T));
+    Buffer<T> grad_k(parts_ * k_size), grad_v(parts_ * v_size);
+    std::memset(grad_k.get(), 0, static_cast<size_t>(parts_ * k_size) * sizeof(T));
+    std::memset(grad_v.get(), 0, static_cast<size_t>(parts_ * v_size) * sizeof(T));
     for_parts([&](BackwardTile<T>& tile, int64_t part, int64_t first, int64_t rows, Totals& totals) {
       tile.fill(s, b, first, rows);
       tile.differentiate(rows, slopes_, totals);
@@ -372,7 +369,7 @@ class BackwardPasses {
     });
     parallel(n_.heads, [&](int64_t h) {
       T *k = grad_k + h * n_.tokens * n_.dim_row, *v = grad_v + h * n_.tokens * n_.value_row;
-      for (int64_t p = 1; p < parts; ++p) {
+      for (int64_t p = 1; p < parts_; ++p) {
         for (int64_t i = 0; i < n_.tokens * n_.dim_row; ++i) k[i] += k[p * k_size + i];
         for (int64_t i = 0; i < n_.tokens * n_.value_row; ++i) v[i] += v[p * v_size + i];
       }
@@ -435,7 +432,7 @@ class BackwardPasses {
   const Sizes<T> n_;
   const Storage<T>& io_;
   const Mixing<T> mixing_;
-  const int64_t rows_, tiles_;
+  const int64_t rows_, tiles_, parts_;
   Buffer<double> totals_memory_;
   Totals totals_;
   Slope<T> slopes_[kMostHeads];

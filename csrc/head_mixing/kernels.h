@@ -28,6 +28,12 @@ struct Attention {
   uint64_t seed;
   uint32_t drop_limit;
   double keep_factor;
+
+  // How many elements a head's maps have; 1 of none, whose sums are all zero.
+  double elements() const {
+    const double count = static_cast<double>(batch) * static_cast<double>(queries) * static_cast<double>(queries);
+    return count > 0 ? count : 1;
+  }
 };
 
 struct Forward : Attention {

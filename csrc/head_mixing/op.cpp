@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> re_attention(
       static_cast<head_mixing::Attention&>(m) = a;
       m.lse = a.lse, m.sums = sums.data(), m.products = products.data();
       kernels().moments(m);
-      const double count = std::max(static_cast<double>(a.batch) * static_cast<double>(a.queries) * static_cast<double>(a.queries), 1.0);
+      const double count = a.elements();
       for (int64_t g = 0; g < heads; ++g) {
         double centred_mean = 0, second = 0;
         w.mean[g] = w.bias[g];

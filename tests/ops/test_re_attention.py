@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,19 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import vitkernels
-from vitkernels import backends, ops
+from vitkernels import ops
 from vitkernels.ops.head_mixing.op import MOST_HEADS
 
+OP = "re_attention"  # whose backends the fixture `backend` goes through
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = backends.why_not("re_attention", request.param, torch.device("cpu"), torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
-    with vitkernels.backend(request.param):
-        yield request.param
 
 
 def drawn(batch: int = 2, heads: int = 4, tokens: int = 17, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

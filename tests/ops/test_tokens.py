@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,8 @@ import vitkernels
 from vitkernels import backends, ops
 from vitkernels.ops import PackedLayout
 
+OP = "masked_pool"  # whose backends the fixture `backend` goes through
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = backends.why_not("masked_pool", request.param, torch.device("cpu"), torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
-    with vitkernels.backend(request.param):
-        yield request.param
 
 
 def whole(*shape: int, seed: int = 0) -> Tensor:

@@ -7,11 +7,14 @@ dispatch key holds one kernel.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitkernels import native
 
 COMPILED = torch.library.Library("vitkernels", "DEF")
 TRITON = torch.library.Library("vitkernels_triton", "DEF")
@@ -57,6 +60,16 @@ def define(
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             library.impl(name, _autocast(forward_op, key, device, cast_by_autocast), key)
+
+
+def implement_in_triton(family: str, *names: str) -> None:
+    """Take ``<name>`` and ``<name>_backward`` of each op from ``vitkernels/ops/<family>/triton.py``, where the triton package is installed."""
+    if not native.has_module("triton"):
+        return
+    kernels = importlib.import_module(f"vitkernels.ops.{family}.triton")
+    for name in names:
+        for op in (name, f"{name}_backward"):
+            TRITON.impl(op, getattr(kernels, op), "CompositeExplicitAutograd")
 
 
 def _no_double_backward(name: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitkernels import backends, native
+from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.cascaded_group import reference
 
@@ -569,8 +569,4 @@ _define.define(
     cast_by_autocast=(0, 1, 4, 7, 8),
 )
 
-if native.has_module("triton"):
-    from vitkernels.ops.cascaded_group import triton as _triton
-
-    _define.TRITON.impl("cascaded_group_attention", _triton.cascaded_group_attention, "CompositeExplicitAutograd")
-    _define.TRITON.impl("cascaded_group_attention_backward", _triton.cascaded_group_attention_backward, "CompositeExplicitAutograd")
+_define.implement_in_triton("cascaded_group", "cascaded_group_attention")

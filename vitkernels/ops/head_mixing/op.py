@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitkernels import backends, native
+from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.head_mixing import reference
 
@@ -96,15 +96,15 @@ def re_attention(
         raise ValueError(f"{op}: q has shape {_check.shape_of(q)} and v {_check.shape_of(v)}; H, D and D_v must be at least 1")
     if norm not in NORMS:
         raise ValueError(f"{op}: norm is {norm!r}; it must be one of {', '.join(map(repr, NORMS))}")
-    _check_small(op, q, "mix_weight", mix_weight, (heads, heads), "[H, H]")
-    _check_small(op, q, "mix_bias", mix_bias, (heads,), "[H]")
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        _check_small(op, q, name, value, (heads,), "[H]")
-        if value is not None and norm is None:
+    _check_small(op, q, "mix_weight", mix_weight, "[H, H]", (heads, heads), (heads, heads, 1, 1))
+    vectors = {"mix_bias": mix_bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "running_mean": running_mean, "running_var": running_var}
+    for name, value in vectors.items():
+        if value is None:
+            continue
+        _check_small(op, q, name, value, "[H] or None", (heads,))
+        if name.startswith("norm_") and norm is None:
             raise ValueError(f"{op}: {name} is given and norm is None; it must be 'batch' or 'layer'")
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_small(op, q, name, value, (heads,), "[H]")
-        if value is not None and norm != "batch":
+        if name.startswith("running_") and norm != "batch":
             raise ValueError(f"{op}: {name} is given and norm is {norm!r}; only 'batch' has running statistics")
     if (running_mean is None) != (running_var is None):
         given, missing = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
@@ -141,15 +141,12 @@ def re_attention(
     return (out, maps) if return_map else out
 
 
-def _check_small(op: str, q: Tensor, name: str, value: Tensor | None, shape: tuple[int, ...], symbols: str) -> None:
-    """A weight of mix or norm: one per head, or per pair of heads."""
-    if value is None and name != "mix_weight":
-        return
-    _check.is_tensor(op, name, value, symbols if name == "mix_weight" else f"{symbols} or None")
-    assert value is not None
+def _check_small(op: str, q: Tensor, name: str, value: Tensor, symbols: str, *shapes: tuple[int, ...]) -> None:
+    """A weight of mix or norm: of one of these shapes, any floating dtype, on q's device."""
+    _check.is_tensor(op, name, value, symbols)
     _check.floating(op, name, value)
-    if tuple(value.shape) not in (shape, (*shape, 1, 1)) or (len(shape) == 1 and value.dim() != 1):
-        _check.has_shape(op, name, value, shape, symbols)
+    if tuple(value.shape) not in shapes:
+        _check.has_shape(op, name, value, shapes[0], symbols.partition(" ")[0])
     if value.device != q.device:
         raise ValueError(f"{op}: {name} is on {value.device}; it must be on {q.device}, the device of q")
 
@@ -239,8 +236,4 @@ _define.define(
     cast_by_autocast=(0, 1, 2),
 )
 
-if native.has_module("triton"):
-    from vitkernels.ops.head_mixing import triton as _triton
-
-    _define.TRITON.impl("re_attention", _triton.re_attention, "CompositeExplicitAutograd")
-    _define.TRITON.impl("re_attention_backward", _triton.re_attention_backward, "CompositeExplicitAutograd")
+_define.implement_in_triton("head_mixing", "re_attention")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels import backends, native
+from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.packed import layout as _layout
 from vitkernels.ops.packed import reference
@@ -391,8 +391,4 @@ _define.define(
     cast_by_autocast=(0, 1, 2),
 )
 
-if native.has_module("triton"):
-    from vitkernels.ops.packed import triton as _triton
-
-    _define.TRITON.impl("varlen_attention", _triton.varlen_attention, "CompositeExplicitAutograd")
-    _define.TRITON.impl("varlen_attention_backward", _triton.varlen_attention_backward, "CompositeExplicitAutograd")
+_define.implement_in_triton("packed", "varlen_attention")

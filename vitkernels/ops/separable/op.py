@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkernels import backends, native
+from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.separable import reference
 
@@ -318,9 +318,4 @@ _define.define(
     backward=_self_backward,
 )
 
-if native.has_module("triton"):
-    from vitkernels.ops.separable import triton as _triton
-
-    for _name in ("separable_attention", "separable_self_attention"):
-        _define.TRITON.impl(_name, getattr(_triton, _name), "CompositeExplicitAutograd")
-        _define.TRITON.impl(f"{_name}_backward", getattr(_triton, f"{_name}_backward"), "CompositeExplicitAutograd")
+_define.implement_in_triton("separable", "separable_attention", "separable_self_attention")

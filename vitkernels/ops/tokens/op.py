@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitkernels import backends, native
+from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.packed import layout as _layout
 from vitkernels.ops.packed.layout import PackedLayout
@@ -228,9 +228,4 @@ _define.define(
     cast_by_autocast=(0,),
 )
 
-if native.has_module("triton"):
-    from vitkernels.ops.tokens import triton as _triton
-
-    for _name in ("factorized_position_embedding", "masked_pool"):
-        _define.TRITON.impl(_name, getattr(_triton, _name), "CompositeExplicitAutograd")
-        _define.TRITON.impl(f"{_name}_backward", getattr(_triton, f"{_name}_backward"), "CompositeExplicitAutograd")
+_define.implement_in_triton("tokens", "factorized_position_embedding", "masked_pool")
