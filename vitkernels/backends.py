@@ -161,6 +161,11 @@ def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> 
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """Whether a model is being exported or traced. (``torch.compiler.is_exporting()`` is True inside every ``torch.compile`` before torch 2.13.)"""
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+
+
 def select(op: str, tensor: torch.Tensor) -> str:
     """The backend for this call: the requested one if it can run, or ``auto``'s choice.
 
@@ -170,7 +175,7 @@ def select(op: str, tensor: torch.Tensor) -> str:
     Raises:
         BackendUnavailable: a backend was asked for by name and cannot run, with the reason.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return "reference"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         if _requested not in ("auto", "reference"):

@@ -251,7 +251,12 @@ def bench_case(
 
 
 def plan(
-    specs: Sequence[OpSpec], dtypes: Sequence[torch.dtype], backward: bool, case_filter: Sequence[str] = (), quick: bool = False
+    specs: Sequence[OpSpec],
+    dtypes: Sequence[torch.dtype],
+    backward: bool,
+    case_filter: Sequence[str] = (),
+    quick: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Iterator[tuple[OpSpec, BenchCase, torch.dtype, bool]]:
     """The calls to :func:`bench_case` of one run: (op, case, dtype, backward).
 
@@ -261,9 +266,10 @@ def plan(
         backward: also forward+backward.
         case_filter: keep the cases whose name holds one of these; all if empty.
         quick: the first two cases of each op only.
+        device: where; a GPU has cases of its own.
     """
     for spec in specs:
-        cases = [c for c in spec.bench_cases if not case_filter or any(f.lower() in c.name.lower() for f in case_filter)]
+        cases = [c for c in spec.cases(device) if not case_filter or any(f.lower() in c.name.lower() for f in case_filter)]
         for dtype in dtypes:
             for with_backward in (False, True) if backward else (False,):
                 for case in cases[:2] if quick else cases:

@@ -102,7 +102,8 @@ class OpSpec:
         summary: one line for tables, with the paper.
         samples: contract samples for a dtype and device, hostile shapes included. ``grad=True`` sets ``requires_grad``.
         bad_inputs: calls that must be refused.
-        bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/``.
+        bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/`` on a CPU.
+        gpu_cases: the same on a GPU: batches that fill it, and one that does not; by default ``bench_cases``.
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
         yardsticks: what is timed beside them although it computes something else, such as plain attention; same signature, never judged.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
@@ -126,6 +127,7 @@ class OpSpec:
     bad_inputs: Callable[[], Iterator[BadInput]]
     bench_cases: tuple[BenchCase, ...]
     saved_bytes: Callable[[Sample], int]
+    gpu_cases: tuple[BenchCase, ...] = ()
     working_activations: tuple[int, int] = (1, 1)
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -136,6 +138,10 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schema", self.schema or self.name)
+
+    def cases(self, device: str | torch.device) -> tuple[BenchCase, ...]:
+        """The shapes worth timing on a device."""
+        return self.gpu_cases or self.bench_cases if torch.device(device).type == "cuda" else self.bench_cases
 
 
 @functools.cache

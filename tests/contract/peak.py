@@ -47,7 +47,7 @@ def _size(*tensors: torch.Tensor) -> int:
 def main(name: str, backend: str, device: str) -> dict[str, object]:
     spec = registry.get(name)
     meter = Meter(device)
-    cases = sorted(spec.bench_cases, key=lambda case: case.elements_moved)
+    cases = sorted(spec.cases(device), key=lambda case: case.elements_moved)
 
     def run(sample: Sample) -> dict[str, object]:
         sample = accuracy.with_grad(sample)

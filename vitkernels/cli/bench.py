@@ -89,9 +89,9 @@ def command(
     if folder is not None:
         folder = report.results_folder(folder)
     wanted = [dtype_of(name) for name in dtypes or (("float32",) if quick else ("float32", "bfloat16"))]
-    plan = list(benchmark.plan(specs, wanted, backward, cases, quick))
+    plan = list(benchmark.plan(specs, wanted, backward, cases, quick, target))
     if not plan:
-        names = dict.fromkeys(case.name for spec in specs for case in spec.bench_cases)
+        names = dict.fromkeys(case.name for spec in specs for case in spec.cases(target))
         raise CliError(f"no case holds {', '.join(cases)}; there are {', '.join(names)}")
 
     rows: list[Row] = []

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from vitkernels import backends
+
 HOOKED = "has a hook (or a forward of its own), which fusing would bypass"
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -81,7 +83,7 @@ def why_not_tensor(x: Any) -> str | None:
     """At run time: an input, or a mode, for which the original code is what should run."""
     if type(x) not in _TENSORS:
         return f"the input is a {type(x).__name__}"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if backends.exporting():
         return "the model is being traced or exported"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return "forward-mode differentiation or a torch.func transform is active"

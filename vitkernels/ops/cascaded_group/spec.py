@@ -429,6 +429,7 @@ SPECS = (
         samples=_samples,
         bad_inputs=_bad_inputs,
         bench_cases=tuple(_case(stage, batch, _sample) for batch in (1, 16) for stage in _STAGES),
+        gpu_cases=(_case(_STAGES[0], 1, _sample), *(_case(stage, 256, _sample) for stage in _STAGES)),
         saved_bytes=_saved,
         peers={"eager, tokens in rows": _rewritten},
     ),
@@ -441,6 +442,7 @@ SPECS = (
         samples=_norm_samples,
         bad_inputs=_norm_bad_inputs,
         bench_cases=tuple(_case(stage, 16, _norm_sample) for stage in _STAGES),
+        gpu_cases=tuple(_case(stage, 256, _norm_sample) for stage in _STAGES),
         saved_bytes=_norm_saved,
         # Between its passes over the windows all activations lie in memory: the formula is in the op's README.
         working_activations=(3, 6),

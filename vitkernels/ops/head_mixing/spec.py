@@ -245,6 +245,12 @@ SPECS = (
             *(_case(*size, "batch") for size in _SIZES[:4]),
             *(_case(*size, "batch", training=True) for size in _SIZES[:4]),
         ),
+        gpu_cases=(
+            _case(1, 197, 32, "layer"),
+            *(_case(*size, "layer") for size in ((64, 197, 32), (16, 577, 32), (64, 197, 64))),
+            _case(64, 197, 32, "batch"),
+            _case(64, 197, 32, "batch", training=True),
+        ),
         saved_bytes=_saved,
         peers={"eager, norm folded into the mix": _folded},
         yardsticks={"SDPA, without mix and norm": _attended},

@@ -219,6 +219,14 @@ _BENCH_SHAPES = (
     (16, 256, 4, 16),
     (1, 128, 4, 4096),
 )
+_GPU_SHAPES = (
+    (1, 128, 4, 256),
+    (64, 128, 4, 256),
+    (256, 128, 4, 256),
+    (256, 192, 4, 64),
+    (256, 256, 4, 16),
+    (16, 128, 4, 4096),
+)
 
 
 def _core_saved(sample: Sample) -> int:
@@ -248,6 +256,7 @@ SPECS = (
         samples=_core_samples,
         bad_inputs=_core_bad_inputs,
         bench_cases=tuple(_core_case(*shape) for shape in _BENCH_SHAPES),
+        gpu_cases=tuple(_core_case(*shape) for shape in _GPU_SHAPES),
         saved_bytes=_core_saved,
     ),
     OpSpec(
@@ -259,6 +268,7 @@ SPECS = (
         samples=_self_samples,
         bad_inputs=_self_bad_inputs,
         bench_cases=tuple(_self_case(*shape) for shape in _BENCH_SHAPES),
+        gpu_cases=tuple(_self_case(*shape) for shape in _GPU_SHAPES),
         saved_bytes=_self_saved,
         peers={"eager, keys not projected": _without_keys},
     ),
