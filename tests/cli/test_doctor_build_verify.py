@@ -94,7 +94,7 @@ def test_build_that_does_not_load_is_an_error(vitkernels: Callable[..., Result],
 
 def only(spec: OpSpec, backend: str = "reference") -> Callable[[], Iterator[tuple[OpSpec, str, torch.device]]]:
     small = dataclasses.replace(spec, bench_cases=spec.bench_cases[2:3], samples=lambda *a, **k: _first(spec, *a, **k))
-    return lambda: iter([(small, backend, CPU)])
+    return lambda only: iter([(small, backend, CPU)])
 
 
 def _first(spec: OpSpec, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -148,7 +148,7 @@ def test_verify_reports_a_kernel_that_raises(vitkernels: Callable[..., Result], 
 
 
 def test_verify_with_nothing_to_verify_says_so(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "targets", lambda: iter(()))
+    monkeypatch.setattr(verify, "targets", lambda only: iter(()))
     result = vitkernels("verify")
     assert result.exit_code == 0
     assert "vitkernels doctor" in result.stdout

@@ -9,6 +9,7 @@ the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts th
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -73,6 +74,16 @@ def _cases(target: Target, dtypes: tuple[torch.dtype, ...], thin: bool) -> Itera
 def _bad_calls(target: Target) -> Iterator[tuple[object, str]]:
     for bad in target.spec.bad_inputs():
         yield (target, bad), f"{target}-{bad.name}"
+
+
+@pytest.fixture(autouse=True)
+def _usable_gpu(device: str) -> None:
+    """A kernel that faulted leaves its process without a GPU. Beside others (pytest-xdist) the process ends, and a new one takes the tests that are left."""
+    if device == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

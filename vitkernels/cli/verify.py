@@ -10,7 +10,7 @@ import click
 import torch
 
 from vitkernels import accuracy, backends, bench, proof, registry, timing
-from vitkernels.cli._common import err, json_option, out, print_json, set_threads, steps, table, threads_option, verdict
+from vitkernels.cli._common import device_of, err, json_option, out, print_json, set_threads, steps, table, threads_option, verdict
 from vitkernels.registry import OpSpec
 
 _TIMED_DTYPE = torch.float32
@@ -48,11 +48,13 @@ class Proof:
         return self.checked > 0 and bool(self.speedups) and not self.wrong and not self.slower
 
 
-def targets() -> Iterator[tuple[OpSpec, str, torch.device]]:
-    """Every kernel that can run on the hardware here."""
+def targets(only: torch.device | None = None) -> Iterator[tuple[OpSpec, str, torch.device]]:
+    """Every kernel that can run on the hardware here, or on one kind of it."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for spec in registry.all_specs().values():
         for device in devices:
+            if only is not None and device.type != only.type:
+                continue
             for name in backends.BACKENDS:
                 if name != "reference" and any(backends.why_not(spec.name, name, device, d) is None for d in bench.DTYPES.values()):
                     yield spec, name, device
@@ -98,31 +100,32 @@ def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds
 
 @click.command("verify")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timing rounds a case.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="Only there; default: everywhere.")
 @threads_option
 @json_option
-def command(rounds: int, threads: int | None, as_json: bool) -> None:
+def command(rounds: int, device: str | None, threads: int | None, as_json: bool) -> None:
     """Prove every kernel on the hardware found here.
 
     Each output and each gradient is compared with float64: a kernel may be at most twice as far off as eager PyTorch in the same dtype. Then a short
     timing against eager. A GPU kernel that is right and nowhere slower becomes the default on this GPU. Exit code 1 if anything is wrong.
     """
     set_threads(threads)
-    found = list(targets())
+    found = list(targets(device_of(device) if device else None))
     results = []
     with steps(2 * len(found)) as progress:
-        for spec, backend, device in found:
-            result = Proof(spec.name, backend, str(device))
+        for spec, backend, place in found:
+            result = Proof(spec.name, backend, str(place))
             results.append(result)
-            progress.start(f"checking {spec.name} on {backend} ({device})")
-            check(spec, backend, device, result)
+            progress.start(f"checking {spec.name} on {backend} ({place})")
+            check(spec, backend, place, result)
             progress.advance()
-            interpreted = backend == "triton" and device.type == "cpu"
+            interpreted = backend == "triton" and place.type == "cpu"
             if not result.wrong and not interpreted:
-                progress.start(f"timing {spec.name} on {backend} ({device})")
-                race(spec, backend, device, result, rounds)
+                progress.start(f"timing {spec.name} on {backend} ({place})")
+                race(spec, backend, place, result, rounds)
             progress.advance()
-            if device.type == "cuda" and result.earned:
-                proof.write_stamp(spec.name, backend, device)
+            if place.type == "cuda" and result.earned:
+                proof.write_stamp(spec.name, backend, place)
                 result.stamped = True
 
     wrong = [line for result in results for line in (f"{result.op} on {result.backend}: {w}" for w in result.wrong)]
