@@ -22,7 +22,8 @@ double largest_error(const std::vector<double>& values, const std::vector<double
   double largest = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     const double error = std::fabs(values[i] - exact[i]);
-    if (!(error <= largest)) largest = error;  // NaN too
+    if (std::isnan(error)) return error;
+    largest = std::fmax(largest, error);
   }
   return largest;
 }
