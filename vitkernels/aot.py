@@ -271,7 +271,7 @@ def packed_launches(
     sequences, longest = 128, 256
     cu_seqlens = empty(sequences + 1, dtype=torch.int32)
     used = empty(sequences, dtype=torch.int32) if gaps else None
-    work = empty(4 * tokens + 2 * triton.cdiv(tokens, packed_layout.TILE), dtype=torch.int32)
+    work = empty(4 * tokens + 2 * shared.cdiv(tokens, packed_layout.TILE), dtype=torch.int32)
     table = empty(heads, longest, longest) if bias else None
     present = {None: (), "l2": (0, 2), "rms": (0, 2), "layer": (0, 1, 2, 3)}[norm]
     weights = [empty((heads, heads, key_heads, key_heads)[i], dim) if i in present else None for i in range(4)]

@@ -162,7 +162,10 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exporting() -> bool:
-    """Whether a model is being exported or traced. (``torch.compiler.is_exporting()`` is True inside every ``torch.compile`` before torch 2.13.)"""
+    """Whether a model is being exported or traced.
+
+    Not by ``torch.compiler.is_exporting()``, which before torch 2.13 is true inside every ``torch.compile``.
+    """
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 

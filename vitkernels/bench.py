@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OURS = "vitkernels"
 EAGER = "eager"
 COMPILED = "torch.compile"
+GRAPH = ", CUDA graph"
 _GEMM, _GEMM32, _COPY = "roof: gemm", "roof: gemm float32", "roof: copy"
 
 
@@ -32,7 +33,7 @@ class Row:
 
     Attributes:
         op, case, dtype, device, mode: what was run; ``mode`` is ``forward`` or ``forward+backward``.
-        variant: the contender; ``vitkernels`` is what a user gets, ``vitkernels [x]`` the named backend.
+        variant: the contender; ``vitkernels`` is what a user gets, ``vitkernels [x]`` the named backend; on a GPU the forward also as a CUDA graph.
         backend: the vitkernels backend that ran, empty for the others.
         p20_ms, p50_ms, p80_ms: time of one call over the rounds.
         speedup_p20, speedup_p50, speedup_p80: eager's time by this one's, inside a round.
@@ -145,6 +146,28 @@ def step(
     return timing.rotating(run, [(sample, accuracy.leaves(sample)) for sample in samples])
 
 
+def _captured(contender: _Contender, samples: Sequence[Sample]) -> timing.Call:
+    """A contender's forwards as CUDA graphs, one a sample: their time is the GPU's, whatever the host takes to start it.
+
+    Raises:
+        RuntimeError: the contender waits for the GPU, which a graph cannot hold.
+    """
+    graphs = []
+    with contender.context(), torch.no_grad():
+        for sample in samples:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                contender.function(*sample.args, **sample.kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                contender.function(*sample.args, **sample.kwargs)
+            graphs.append((graph,))
+    return timing.rotating(lambda graph: graph.replay(), graphs)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -207,6 +230,17 @@ def bench_case(
             refused.append(Refused(spec.name, case.name, dtype_name, mode, contender.name, reason, wrong=True))
 
     calls = {name: step(contender.function, samples, judge.grad_outputs, allow_unused=contender.yardstick) for name, (contender, _) in right.items()}
+    if device.type == "cuda" and not backward:
+        for contender, judged in list(right.values()):
+            if contender.backend == "reference":
+                continue  # eager, under another name
+            captured = replace(contender, name=contender.name + GRAPH, context=contextlib.nullcontext)
+            try:
+                calls[captured.name] = _captured(contender, samples)
+            except RuntimeError as error:
+                refused.append(Refused(spec.name, case.name, dtype_name, mode, captured.name, first_line(error), wrong=False))
+                continue
+            right[captured.name] = captured, judged
     roofs, side = _roofs(case, dtype, device)
     with torch.set_grad_enabled(backward):
         measured = timing.interleave(

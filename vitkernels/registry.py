@@ -108,6 +108,7 @@ class OpSpec:
         yardsticks: what is timed beside them although it computes something else, such as plain attention; same signature, never judged.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
+        gpu_working_activations: the same of the GPU kernels, where they need more.
         known_inexact: kernels that break the accuracy rule and are not mended yet, as (backend, dtype, name of the sample): expected failures in the
             interpreter, which have to go once they are mended. The README names them, and `vitkernels verify` judges a GPU without them.
         tiles_span_images: backends whose tiles hold rows of several images, so that a NaN in v reaches an image beside its own (0 * NaN), as it does
@@ -129,6 +130,7 @@ class OpSpec:
     saved_bytes: Callable[[Sample], int]
     gpu_cases: tuple[BenchCase, ...] = ()
     working_activations: tuple[int, int] = (1, 1)
+    gpu_working_activations: tuple[int, int] | None = None
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()

@@ -78,7 +78,7 @@ def _bad_calls(target: Target) -> Iterator[tuple[object, str]]:
 
 @pytest.fixture(autouse=True)
 def _usable_gpu(device: str) -> None:
-    """A kernel that faulted leaves its process without a GPU. Beside others (pytest-xdist) the process ends, and a new one takes the tests that are left."""
+    """A kernel that faulted leaves its process without a GPU: beside others (pytest-xdist) the process ends, and a new one takes what is left."""
     if device == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             torch.cuda.synchronize()

@@ -24,7 +24,7 @@ def test_replay_computes_on_the_new_values(target: Target) -> None:
         with torch.cuda.graph(graph):
             captured = as_tuple(target(*static.args, **static.kwargs))
         for tensor in static.tensors():
-            tensor.copy_(torch.randn_like(tensor))
+            tensor.mul_(0.75)  # other values, and a variance stays one
         graph.replay()
         for a, b in zip(captured, as_tuple(target(*static.args, **static.kwargs)), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)

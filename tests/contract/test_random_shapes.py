@@ -357,7 +357,9 @@ _DRAWN = {
 def test_random_calls_obey_the_rule(target: Target) -> None:
     strategy, make = _DRAWN[target.spec.name]
 
-    @settings(max_examples=8 if target.backend == "triton" else 80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    examples = 8 if target.backend == "triton" else 80  # each compiles its kernels, or is interpreted
+
+    @settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy(target.interpreted))
     def check(drawn: dict[str, Any]) -> None:
         torch.manual_seed(drawn["seed"])  # the cotangent's

@@ -7,6 +7,7 @@ dispatch key holds one kernel.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ def define(
         fake: shape function of the op.
         backward_fake: shape function of its backward.
         setup_context: as for :func:`torch.library.register_autograd`.
-        backward: ``backward(op, ctx, *grads)`` with ``op`` the namespace's own ``<name>_backward``.
+        backward: ``backward(op, ctx, *grads)``; ``op`` calls the namespace's own ``<name>_backward``.
         cast_by_autocast: positions of the arguments that autocast casts; None for all tensors.
     """
     for namespace, library in _LIBRARIES.items():
@@ -54,7 +55,7 @@ def define(
         torch.library.register_fake(f"{namespace}::{name}_backward", backward_fake, lib=library)
 
         def run_backward(ctx: Any, *grads: Any, _op: Any = backward_op) -> Any:
-            return backward(_op, ctx, *grads)
+            return backward(functools.partial(call, _op, torch.is_grad_enabled()), ctx, *grads)
 
         torch.library.register_autograd(f"{namespace}::{name}", run_backward, setup_context=setup_context, lib=library)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward(name), lib=library)

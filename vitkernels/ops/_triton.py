@@ -76,9 +76,20 @@ def sum_parts_kernel(
 # --- tiles -------------------------------------------------------------------------------------------------------------------------
 
 
+# Triton's functions of these names can be called in kernels, too, which makes them twenty times as slow on the host.
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def power(n: int, lowest: int, highest: int) -> int:
     """The power of two at or above ``n``, between two powers of two."""
-    return min(max(triton.next_power_of_2(n), lowest), highest)
+    return min(max(next_power_of_2(n), lowest), highest)
 
 
 class Tile(NamedTuple):
@@ -103,9 +114,32 @@ class Tile(NamedTuple):
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Every kernel is started here, on a one-dimensional grid (its other axes hold only 65535)."""
-    if programs > 0:
+    """Every kernel is started here, on a one-dimensional grid (its other axes hold only 65535).
+
+    Triton finds the kernel it compiled before by looking at each argument in Python, some forty of them, which takes longer than many kernels run. So
+    it is asked once for every kind of call, and what it answers with is started directly from then on.
+    """
+    if programs <= 0:
+        return
+    if INTERPRET or torch.version.hip is not None:  # for ROCm Triton tells tensors of more than 2 GB apart, too
         kernel[(programs,)](*args, **options)
+        return
+    # It compiles anew for another dtype or alignment, and for other properties of a number, which are the same for the same number.
+    kinds = [(a.dtype if a.data_ptr() % 16 == 0 else (a.dtype,)) if isinstance(a, Tensor) else a for a in args]
+    key = (kernel, torch.cuda.current_device(), *options, *options.values(), *kinds)
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[(programs, 1, 1)](*args, *constants)
+        return
+    if len(_compiled) >= _MOST_COMPILED:  # lengths that are never the same
+        _compiled.clear()
+    compiled = kernel[(programs,)](*args, **options)
+    _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_MOST_COMPILED = 4096
 
 
 @functools.cache
@@ -131,9 +165,9 @@ def splits(pieces: int, units: int, wanted: int, least: int) -> tuple[int, int]:
 
     Enough splits to have ``wanted`` programs, each of at least ``least`` units where there are that many; none is empty.
     """
-    count = max(1, min(triton.cdiv(wanted, pieces), units // least))
-    length = triton.cdiv(units, count)
-    return triton.cdiv(units, length), length
+    count = max(1, min(cdiv(wanted, pieces), units // least))
+    length = cdiv(units, count)
+    return cdiv(units, length), length
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
@@ -143,7 +177,7 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
     block_c = power(columns, 16, 2048 // block_r)
     launch(
         sum_parts_kernel,
-        triton.cdiv(columns, block_c),
+        cdiv(columns, block_c),
         parts,
         out,
         rows,

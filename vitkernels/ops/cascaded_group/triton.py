@@ -764,7 +764,7 @@ def cascade_tile(split: int, key_dim: int, value_dim: int, window: int, dtype: t
         "BLOCK_T": block_t,
         "BLOCK_R": power(2 * key_dim + value_dim, 16, depth),
         "BLOCK_S": power(split, 16, depth),
-        "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
+        "BLOCK_K": max(16, shared.next_power_of_2(key_dim)),
         "BLOCK_D": power(value_dim, 16, edge),
     }
     small = exact and window * window <= 16
@@ -813,8 +813,8 @@ class _Call(NamedTuple):
             tuple(kernel_sizes),
             scale,
             window,
-            triton.cdiv(height, window),
-            triton.cdiv(width, window),
+            shared.cdiv(height, window),
+            shared.cdiv(width, window),
             shared.reaches_64_bit(*maps),
             shared.processors(maps[0].device),
         )
@@ -941,7 +941,7 @@ def cascaded_group_attention(
         tile = gemm_tile(channels, cat.shape[1], pixels, x.dtype)
         shared.launch(
             cascaded_group_attention_fwd_project_kernel,
-            triton.cdiv(pixels, tile.blocks["BLOCK_T"]) * triton.cdiv(channels, tile.blocks["BLOCK_O"]),
+            shared.cdiv(pixels, tile.blocks["BLOCK_T"]) * shared.cdiv(channels, tile.blocks["BLOCK_O"]),
             *(cat, proj_weight, _contiguous(proj_bias), y, *proj_weight.stride(), *y.stride(), pixels, *c.geometry, channels),
             E=cat.shape[1],
             **c.constants(y),
@@ -956,8 +956,8 @@ def _weight_gradients(
     """(weight, bias) gradients in parts, [splits, groups * rows * columns] and [splits, groups * rows], of ``sizes`` (groups, rows, columns)."""
     groups, outputs, columns = sizes
     tile = gemm_tile(outputs, columns, c.rows, map_.dtype)
-    tiles = triton.cdiv(c.rows, tile.blocks["BLOCK_T"])
-    blocks = groups * triton.cdiv(outputs, tile.blocks["BLOCK_O"]) * triton.cdiv(columns, tile.blocks["BLOCK_I"])
+    tiles = shared.cdiv(c.rows, tile.blocks["BLOCK_T"])
+    blocks = groups * shared.cdiv(outputs, tile.blocks["BLOCK_O"]) * shared.cdiv(columns, tile.blocks["BLOCK_I"])
     splits, split_tiles = shared.splits(blocks, tiles, 2 * c.wanted, least=4)
     part_weight = map_.new_empty((splits, groups * outputs * columns), dtype=torch.float32)
     part_bias = map_.new_empty((splits, groups * outputs), dtype=torch.float32)
@@ -1016,7 +1016,7 @@ def cascaded_group_attention_backward(
         tile = gemm_tile(channels, embed, c.rows, x.dtype)
         shared.launch(
             cascaded_group_attention_bwd_project_kernel,
-            triton.cdiv(c.rows, tile.blocks["BLOCK_T"]) * triton.cdiv(embed, tile.blocks["BLOCK_I"]),
+            shared.cdiv(c.rows, tile.blocks["BLOCK_T"]) * shared.cdiv(embed, tile.blocks["BLOCK_I"]),
             *(grad_y, proj_weight, kept.cat, grad_cat, *proj_weight.stride(), *grad_y.stride(), c.rows, *c.geometry, channels),
             E=embed,
             **c.constants(grad_y),
@@ -1053,7 +1053,7 @@ def cascaded_group_attention_backward(
         block_e = power(c.tokens, 1, 16)
         shared.launch(
             cascaded_group_attention_bwd_table_kernel,
-            heads * triton.cdiv(c.tokens, block_e),
+            heads * shared.cdiv(c.tokens, block_e),
             *(grad_scores, grad_table),
             WINDOW=window,
             BLOCK_E=block_e,
@@ -1089,7 +1089,7 @@ def _depthwise_gradients(c: _Call, grad_conv_q: Tensor, qkv: Tensor, length: int
     """(weight, bias) gradients in parts, [splits, length] and [splits, heads * key_dim]."""
     block_t = power(c.rows, 16, 128)
     taps = max(c.kernels) ** 2
-    tiles = triton.cdiv(c.rows, block_t)
+    tiles = shared.cdiv(c.rows, block_t)
     splits, split_tiles = shared.splits(taps * c.heads, tiles, 4 * c.wanted, least=4)
     part_weight = grad_conv_q.new_empty((splits, length))
     part_bias = grad_conv_q.new_empty((splits, c.heads * c.key_dim))
@@ -1104,7 +1104,7 @@ def _depthwise_gradients(c: _Call, grad_conv_q: Tensor, qkv: Tensor, length: int
         R=c.qkv_rows,
         WINDOW=c.window,
         BLOCK_T=block_t,
-        BLOCK_K=max(16, triton.next_power_of_2(c.key_dim)),
+        BLOCK_K=max(16, shared.next_power_of_2(c.key_dim)),
         num_warps=4,
     )
     return part_weight, part_bias

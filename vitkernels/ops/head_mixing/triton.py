@@ -802,7 +802,7 @@ class _Call(NamedTuple):
                 "D": dim,
                 "DV": value_dim,
                 "NORM": norm,
-                "HEADS": max(16, triton.next_power_of_2(heads)),
+                "HEADS": max(16, shared.next_power_of_2(heads)),
                 "WIDE": shared.reaches_64_bit(*rows) or heads * tokens * max(dim, value_dim) >= 2**31,
                 "PRECISION": precision,
                 "INTERPRET": shared.INTERPRET,
@@ -816,7 +816,7 @@ class _Call(NamedTuple):
 
     def tiles(self, block: int, *, aligned: bool) -> int:
         """Tiles of ``block`` rows; ``aligned``: to the draws of dropout."""
-        return self.batch * triton.cdiv(self.tokens + 3 * aligned, block) if self.tokens else 0
+        return self.batch * shared.cdiv(self.tokens + 3 * aligned, block) if self.tokens else 0
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -905,7 +905,7 @@ def re_attention(
         tile = row_tile(c.heads, c.step, c.value_dim)
         shared.launch(
             re_attention_fwd_kernel,
-            c.tiles(tile.blocks["BLOCK_M"], aligned=seed is not None) * triton.cdiv(c.value_dim, tile.blocks["BLOCK_C"]),
+            c.tiles(tile.blocks["BLOCK_M"], aligned=seed is not None) * shared.cdiv(c.value_dim, tile.blocks["BLOCK_C"]),
             *(*rows, seed, lse, *folded[:3], folded.added(v), out, *_strides(*rows), *c.scalars),
             **c.constants,
             **tile.options,
@@ -958,7 +958,10 @@ def re_attention_backward(
     layer = norm == LAYER
     later = live or not together(c.heads, q.dtype, dropout=seed is not None)
     with shared.on(q):
-        sums = _sums(*(c, rows, seed, lse, matrices, None if later else delta), *(True, live, live and seed is not None, layer, layer))
+        both = live and c.heads <= 16  # products of maps of more heads fill the registers and the shared memory by themselves
+        sums = _sums(*(c, rows, seed, lse, matrices, None if later else delta), *(True, both, live and seed is not None, layer, layer))
+        if live and not both:
+            sums[1] = _sums(c, (None, *rows[1:]), seed, lse, (None,) * 5, None, *(False, True, False, False, False))[1]
         grad_constant = (grad_out.sum(dim=2, dtype=torch.float32).double() * v.sum(dim=2, dtype=torch.float32)).sum(dim=(0, 2))
         small, square, offset = _small_gradients(c, mix_weight, folded, norm, live, grad_constant, *sums)
         if live:
@@ -969,7 +972,7 @@ def re_attention_backward(
             tile = row_tile(c.heads, c.step, c.dim)
             shared.launch(
                 re_attention_bwd_query_kernel,
-                c.tiles(tile.blocks["BLOCK_M"], aligned=seed is not None) * triton.cdiv(c.dim, tile.blocks["BLOCK_C"]),
+                c.tiles(tile.blocks["BLOCK_M"], aligned=seed is not None) * shared.cdiv(c.dim, tile.blocks["BLOCK_C"]),
                 *(*rows, seed, lse, delta, *matrices, grad_q, *_strides(*rows), *c.scalars),
                 **c.constants,
                 **tile.options,
@@ -982,7 +985,7 @@ def re_attention_backward(
                 tile = row_tile(c.heads, c.step, columns)
                 shared.launch(
                     re_attention_bwd_key_kernel,
-                    c.tiles(tile.blocks["BLOCK_N"], aligned=False) * triton.cdiv(columns, tile.blocks["BLOCK_C"]) if columns else 0,
+                    c.tiles(tile.blocks["BLOCK_N"], aligned=False) * shared.cdiv(columns, tile.blocks["BLOCK_C"]) if columns else 0,
                     *(*rows, seed, lse, delta, *matrices, added, grad_k if keys else None, grad_v if values else None),
                     *(*_strides(*rows), *c.scalars),
                     **c.constants,

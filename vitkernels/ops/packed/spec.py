@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitkernels import backends
 from vitkernels.ops.packed import op
-from vitkernels.ops.packed.layout import PackedLayout
+from vitkernels.ops.packed.layout import TILE, PackedLayout
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
 HEAD_DIMS = (8, 16, 20, 24, 30, 32, 33, 35, 36, 48, 60, 64, 72, 80, 96, 112, 128)
@@ -305,10 +305,10 @@ def _packed_bad_inputs() -> Iterator[BadInput]:
 
 def _saved(sample: Sample) -> int:
     """The output and the logsumexp; what is converted for the kernels (a bias in another dtype, the norms' weights, tokens of a padded batch whose
-    rows are not one dimension in memory); the layout's small integers.
+    rows are not one dimension in memory); the layout's small integers, and on a GPU its list of tiles.
     """
     named = dict(sample.kwargs)
-    q, _, v = sample.args[:3]
+    q, k, v = sample.args[:3]
     heads, dim = q.shape[-2:]
     rows = q.shape[:-2].numel()
     wide = 8 if q.dtype is torch.float64 else 4
@@ -323,6 +323,7 @@ def _saved(sample: Sample) -> int:
         + sum(t.nbytes for t in sample.args[:3] if t.dim() == 4 and t.flatten(0, 1).data_ptr() != t.data_ptr())
         + 3 * 4 * (sequences + 1)
         + 8
+        + (sum(4 * (2 * n + -(-n // TILE)) for n in (rows, k.shape[:-2].numel())) if q.is_cuda else 0)
     )
 
 

@@ -832,7 +832,7 @@ _WIDEST = 256  # head dim
 def _fill(tile: Tile, edge: str, rows: int, heads: int, device: torch.device) -> Tile:
     """The tile with as few as 16 rows, while the GPU would not be filled."""
     block = tile.blocks[edge]
-    while block > 16 and triton.cdiv(rows, block) * heads < shared.processors(device):
+    while block > 16 and shared.cdiv(rows, block) * heads < shared.processors(device):
         block //= 2
     return tile._replace(blocks={**tile.blocks, edge: block})
 
@@ -887,8 +887,8 @@ class _Call(NamedTuple):
             {
                 "D": q.shape[2],
                 "DV": v.shape[2],
-                "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
-                "BLOCK_DV": max(16, triton.next_power_of_2(v.shape[2])),
+                "BLOCK_D": max(16, shared.next_power_of_2(q.shape[2])),
+                "BLOCK_DV": max(16, shared.next_power_of_2(v.shape[2])),
                 "NORM": qk_norm,
                 "GAPS": seqused_k is not None,
                 "WIDE": max(far) >= 2**31,
@@ -943,7 +943,7 @@ def varlen_attention(
     with shared.on(q):
         shared.launch(
             varlen_attention_fwd_kernel,
-            triton.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"]) * c.heads,
+            shared.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"]) * c.heads,
             *(q, k, v, bias, *c.norms, work, seed, out, lse),
             *(*_strides(q, k, v, bias), *c.norm_strides, *c.sizes),
             **c.constants,
@@ -1001,7 +1001,7 @@ def varlen_attention_backward(
         if need_query or need_key or need_bias:
             shared.launch(
                 varlen_attention_bwd_delta_kernel,
-                triton.cdiv(c.total_q, 16) * c.heads,
+                shared.cdiv(c.total_q, 16) * c.heads,
                 *(grad_out, out, grad_lse, lse, delta, *grad_out.stride(), *((0, 0) if grad_lse is None else grad_lse.stride()), c.total_q, c.heads),
                 DV=c.value_dim,
                 BLOCK_M=16,
@@ -1010,7 +1010,7 @@ def varlen_attention_backward(
             )
         if need_query:
             tile = _fill(query_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
-            tiles = triton.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"])
+            tiles = shared.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"])
             parts = _parts(tiles, grad_norms[:2])
             shared.launch(
                 varlen_attention_bwd_query_kernel,
@@ -1023,7 +1023,7 @@ def varlen_attention_backward(
             _sum(parts, grad_norms[:2])
         if need_key or need_v:
             tile = _fill(key_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_N", c.total_k, c.key_heads, q.device)
-            tiles = triton.cdiv(c.total_k, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_N"])
+            tiles = shared.cdiv(c.total_k, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_N"])
             grad_bias_of_k = grad_norms[3]
             if grad_bias_of_k is not None and grad_lse is None:
                 # What is added to all keys moves all scores of a query alike, which its softmax does not feel; summed up, it would be rounding.
@@ -1069,7 +1069,7 @@ def _bias_gradient(
     if grad_bias.numel() == 0:
         return
     tile = bias_tile(c.widest, dtype)
-    blocks = triton.cdiv(longest_q, tile.blocks["BLOCK_M"]) * triton.cdiv(longest_k, tile.blocks["BLOCK_N"]) * c.heads
+    blocks = shared.cdiv(longest_q, tile.blocks["BLOCK_M"]) * shared.cdiv(longest_k, tile.blocks["BLOCK_N"]) * c.heads
     splits, split_length = shared.splits(blocks, max(sequences, 1), shared.processors(grad_bias.device), least=4)
     parts = grad_bias[None] if splits == 1 else grad_bias.new_empty((splits, *grad_bias.shape))
     shared.launch(

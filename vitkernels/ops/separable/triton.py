@@ -746,7 +746,7 @@ def separable_attention_bwd_query_kernel(
 
 def reduction_tile(dim: int) -> Tile:
     """Pool and query kernels: all channels of a few tokens, in registers twice (the input and its weighted sum): 16 values a thread each."""
-    block_d = triton.next_power_of_2(dim)
+    block_d = shared.next_power_of_2(dim)
     num_warps = 4 if block_d <= 64 else 8 if block_d <= 256 else 16
     return Tile({"BLOCK_D": block_d, "BLOCK_N": power(512 * num_warps // block_d, 1, 128)}, num_warps)
 
@@ -765,7 +765,7 @@ def _gemm_edge(dtype: torch.dtype) -> int:
 def _token_tile(tokens: int, programs_per_tile: int, dtype: torch.dtype, wanted: int) -> int:
     """Tokens a program takes: the full edge, halved while the GPU would not be filled."""
     block = power(tokens, 16, _gemm_edge(dtype))
-    while block > 16 and triton.cdiv(tokens, block) * programs_per_tile < wanted:
+    while block > 16 and shared.cdiv(tokens, block) * programs_per_tile < wanted:
         block //= 2
     return block
 
@@ -842,7 +842,7 @@ class _Map(NamedTuple):
 
     def splits(self, block_n: int) -> tuple[int, int]:
         """(splits, tokens per split) of each group for the kernels that reduce over it."""
-        splits, blocks = shared.splits(self.batch * self.groups, triton.cdiv(self.patches, block_n), self.wanted, least=4)
+        splits, blocks = shared.splits(self.batch * self.groups, shared.cdiv(self.patches, block_n), self.wanted, least=4)
         return splits, blocks * block_n
 
 
@@ -866,7 +866,7 @@ def _group_linear(
     stats, *partial, splits = parts or (None,) * 5 + (0,)
     shared.launch(
         separable_self_attention_context_kernel,
-        triton.cdiv(rows, tile.blocks["BLOCK_G"]) * triton.cdiv(m.dim, tile.blocks["BLOCK_O"]),
+        shared.cdiv(rows, tile.blocks["BLOCK_G"]) * shared.cdiv(m.dim, tile.blocks["BLOCK_O"]),
         *(pooled, weight, bias, mass, out, stats, *partial, rows, m.groups, splits),
         *((1, m.dim) if transposed else (m.dim, 1)),
         D=m.dim,
@@ -923,11 +923,11 @@ def separable_self_attention(
         context = _group_linear(m, pooled, k_weight, k_bias, mass, parts=(stats, part_max, part_sum, part_mass, part_pooled, splits))
 
         tile = forward_tile(dim, x.dtype)
-        output_blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"])
+        output_blocks = shared.cdiv(dim, tile.blocks["BLOCK_O"])
         block_t = _token_tile(m.tokens, batch * output_blocks, x.dtype, m.wanted)
         shared.launch(
             separable_self_attention_fwd_kernel,
-            batch * triton.cdiv(m.tokens, block_t) * output_blocks,
+            batch * shared.cdiv(m.tokens, block_t) * output_blocks,
             *(x, qkv_weight, qkv_bias, context, out_weight, out_bias, y, *x_strides, *y_strides),
             *(width, m.tokens, m.groups, patch_h, patch_w),
             D=dim,
@@ -955,8 +955,8 @@ def _linear_gradients(grad_out: Tensor, inputs: Tensor, wanted: int, weight: Ten
     batch, dim, height, width = inputs.shape
     (g_strides, g_flat), (x_strides, x_flat) = _strides(grad_out), _strides(inputs)
     tile = weight_tile(dim, height * width, inputs.dtype)
-    tiles = batch * triton.cdiv(height * width, tile.blocks["BLOCK_T"])
-    blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"]) ** 2
+    tiles = batch * shared.cdiv(height * width, tile.blocks["BLOCK_T"])
+    blocks = shared.cdiv(dim, tile.blocks["BLOCK_O"]) ** 2
     splits, split_tiles = shared.splits(blocks, tiles, 2 * wanted, least=4)
     part_weight = inputs.new_empty((splits, dim, dim), dtype=torch.float32)
     part_bias = inputs.new_empty((splits, dim), dtype=torch.float32)
@@ -1022,13 +1022,13 @@ def separable_self_attention_backward(
         context = _group_linear(m, pooled, k_weight, k_bias, mass)
 
         tile = value_tile(dim, m.patches, x.dtype)
-        tiles = triton.cdiv(m.patches, tile.blocks["BLOCK_N"])
+        tiles = shared.cdiv(m.patches, tile.blocks["BLOCK_N"])
         u = scratch() if need_out else None
         grad_v = scratch() if need_x or need_qkv else None
         part_context = None if grad_v is None else x.new_empty((tiles, batch, m.groups, dim), dtype=torch.float32)
         shared.launch(
             separable_self_attention_bwd_value_kernel,
-            rows * tiles * triton.cdiv(dim, tile.blocks["BLOCK_E"]),
+            rows * tiles * shared.cdiv(dim, tile.blocks["BLOCK_E"]),
             *(x, grad_y, qkv_weight, qkv_bias, context, out_weight, u, grad_v, part_context, *x_strides, *g_strides),
             *(width, m.tokens, m.groups, m.patches, patch_h, patch_w, batch),
             D=dim,
@@ -1073,11 +1073,11 @@ def separable_self_attention_backward(
             _linear_gradients(grad_v.permute(0, 3, 1, 2), x, m.wanted, w_v, b_v)
         if need_x:
             (o_strides, o_flat), tile = _strides(grad_x), input_tile(dim, x.dtype)
-            blocks = triton.cdiv(dim, tile.blocks["BLOCK_O"])
+            blocks = shared.cdiv(dim, tile.blocks["BLOCK_O"])
             block_t = _token_tile(m.tokens, batch * blocks, x.dtype, m.wanted)
             shared.launch(
                 separable_self_attention_bwd_input_kernel,
-                batch * triton.cdiv(m.tokens, block_t) * blocks,
+                batch * shared.cdiv(m.tokens, block_t) * blocks,
                 *(grad_v, qkv_weight, score_scale, logits, stats, grad_pooled, grad_logits, grad_x, *o_strides),
                 *(width, m.tokens, m.groups, patch_h, patch_w),
                 D=dim,
@@ -1099,7 +1099,7 @@ def _as_map(rows: Tensor) -> Tensor:
 def _core_tile(dim: int, patches: int, rows: int, wanted: int) -> Tile:
     """Channels a program takes: 16, fewer while the GPU would not be filled; 2048 values in all."""
     block_c = power(dim, 1, 16)
-    while block_c > 4 and triton.cdiv(dim, block_c) * rows < wanted:
+    while block_c > 4 and shared.cdiv(dim, block_c) * rows < wanted:
         block_c //= 2
     return Tile({"BLOCK_C": block_c, "BLOCK_N": power(patches, 16, 2048 // block_c)}, 4)
 
@@ -1116,7 +1116,7 @@ def separable_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         tile = _core_tile(dim, patches, batch * groups, shared.processors(k.device))
         shared.launch(
             separable_attention_fwd_kernel,
-            batch * groups * triton.cdiv(dim, tile.blocks["BLOCK_C"]),
+            batch * groups * shared.cdiv(dim, tile.blocks["BLOCK_C"]),
             *(q, k, v, out, scores, context),
             *(q.stride(0), q.stride(2), q.stride(3), *k.stride(), *v.stride()),
             *(groups, patches),
@@ -1140,7 +1140,7 @@ def separable_attention_backward(
     rows = batch * groups
     with shared.on(k):
         tile = _core_tile(dim, patches, rows, shared.processors(k.device))
-        blocks = triton.cdiv(dim, tile.blocks["BLOCK_C"])
+        blocks = shared.cdiv(dim, tile.blocks["BLOCK_C"])
         part_scores = k.new_empty((blocks, batch, groups, patches), dtype=torch.float32) if need_q else None
         if need_q or need_k or need_v:
             shared.launch(
@@ -1158,7 +1158,7 @@ def separable_attention_backward(
             block_n = tile.blocks["BLOCK_N"]
             shared.launch(
                 separable_attention_bwd_query_kernel,
-                rows * triton.cdiv(patches, block_n),
+                rows * shared.cdiv(patches, block_n),
                 *(scores, part_scores, grad_q, rows, patches, blocks),
                 BLOCK_N=block_n,
                 INTERPRET=shared.INTERPRET,

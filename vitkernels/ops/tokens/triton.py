@@ -123,7 +123,7 @@ def _tile(dim: int) -> Tile:
 
 
 def _blocks(dim: int, tile: Tile) -> int:
-    return triton.cdiv(dim, tile.blocks["BLOCK_D"])
+    return shared.cdiv(dim, tile.blocks["BLOCK_D"])
 
 
 def factorized_position_embedding(x: Tensor, height_table: Tensor, width_table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def factorized_position_embedding(x: Tensor, height_table: Tensor, width_table: 
     with shared.on(x):
         shared.launch(
             factorized_position_embedding_fwd_kernel,
-            triton.cdiv(tokens, tile.blocks["BLOCK_T"]) * _blocks(dim, tile),
+            shared.cdiv(tokens, tile.blocks["BLOCK_T"]) * _blocks(dim, tile),
             *(x, height_table, width_table, rows, columns, out, *x.stride(), *height_table.stride(), *width_table.stride()),
             *(tokens, height_table.shape[0], width_table.shape[0]),
             D=dim,
@@ -296,7 +296,7 @@ def masked_pool_backward(grad_out: Tensor, indices: Tensor, cu_seqlens: Tensor, 
     with shared.on(grad_out):
         shared.launch(
             masked_pool_bwd_kernel,
-            triton.cdiv(rows, tile.blocks["BLOCK_T"]) * _blocks(dim, tile),
+            shared.cdiv(rows, tile.blocks["BLOCK_T"]) * _blocks(dim, tile),
             *(grad_out, indices if largest else None, reference.pooled_into(cu_seqlens, seqused, rows), lengths, grad_x, *grad_out.stride()),
             *(rows, sequences),
             D=dim,
