@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels.integrations import packed
+from vitkernels.integrations import _tokenwise, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.head_mixing import TalkingHeads
@@ -104,7 +104,7 @@ class NaFlex(Fused):
     """
 
     _vk_op: ClassVar[str] = "varlen_attention"
-    _vk_layers: ClassVar[packed.Layers] = packed.Layers(
+    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers(
         {"timm.layers.attention.Attention": NaFlexAttention},
         {
             "timm.models.vision_transformer.Block",
@@ -160,7 +160,7 @@ class NaFlex(Fused):
             attn_mask is not None
             or patch_coord is None
             or self._vk_why_not_packed(patches, patch_valid) is not None
-            or packed.random_now(inside)
+            or _tokenwise.random_now(inside)
             or self._vk_layers.why_not(inside, running=True) is not None
         ):
             return super().forward_features(patches, patch_coord, patch_valid, attn_mask)

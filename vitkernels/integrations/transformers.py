@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import packed
+from vitkernels.integrations import _tokenwise, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
@@ -188,7 +188,7 @@ class Siglip2Vision(Fused):
         return super().forward(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
 
 
-_SIGLIP2_LAYERS = packed.Layers(
+_SIGLIP2_LAYERS = _tokenwise.Layers(
     {_SIGLIP2 + "Siglip2Encoder": Siglip2Encoder, _SIGLIP2 + "Siglip2Attention": Siglip2Attention},
     {_SIGLIP2 + "Siglip2EncoderLayer", _SIGLIP2 + "Siglip2MLP", *(f"transformers.activations.{name}" for name in ("GELUTanh", "GELUActivation"))},
 )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.integrations._fused import Fused, Role, fell_back, origin, qualified
+from vitkernels.integrations._tokenwise import Layers
 from vitkernels.integrations.head_mixing import VitPytorchAttention
-from vitkernels.integrations.packed import Layers, Part, untraced, why_not_here
+from vitkernels.integrations.packed import Part, untraced, why_not_here
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
 

@@ -1,0 +1,80 @@
+"""Which layers of a model work on each token by itself: what lets a whole model or block run on its tokens in another arrangement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vitkernels.integrations._fused import Fused, published, qualified
+from vitkernels.nn import _checks
+
+
+class Inner(Fused):
+    """Base of the layers between which tokens are exchanged, attention: they are replaced with what is around them, and know its arrangement."""
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        """Why what lies between the layers that are called cannot be taken over; ``None`` if it can."""
+        return None
+
+
+class Layers:
+    """The layers of a model: which are replaced with it, and whether it can run on its tokens in another arrangement than [B, N, D].
+
+    Args:
+        parts: the layers that are replaced, by the qualified name of their class.
+        known: qualified names of classes that work on each token by itself, or only call such, and whose children are therefore looked at.
+    """
+
+    def __init__(self, parts: Mapping[str, type[Inner]], known: Iterable[str] = ()) -> None:
+        self._parts, self._kinds = parts, tuple(parts.values())
+        self._known = frozenset(known) | _TOKENWISE
+
+    def parts_of(self, modules: Iterable[nn.Module]) -> dict[nn.Module, type[Fused]]:
+        """The layers to replace in ``modules``."""
+        found = {module: _name(module) for root in modules for module in root.modules()}
+        return {module: self._parts[name] for module, name in found.items() if name in self._parts}
+
+    def why_not(self, modules: Iterable[nn.Module], *, running: bool) -> str | None:
+        """Why ``modules`` cannot be run so; ``running``: the parts are replaced already."""
+        stack = list(modules)
+        while stack:
+            module = stack.pop()
+            if _checks.watched(module):
+                return f"its {type(module).__name__} {_checks.HOOKED}"
+            name = _name(module)
+            kind = type(module) if isinstance(module, self._kinds) else None if running else self._parts.get(name)
+            if kind is not None:
+                if (reason := kind._vk_why_not_layers(module)) is not None:
+                    return reason
+            elif name not in self._known:
+                return f"its {type(module).__name__} is not known to work on each token by itself"
+            for parameter in module._parameters.values():
+                if parameter is not None and (reason := _checks.why_not_weight("a weight inside", parameter)) is not None:
+                    return reason
+            stack += [child for child in module._modules.values() if child is not None]
+        return None
+
+
+def random_now(modules: Iterable[nn.Module]) -> bool:
+    """Whether some layer below draws random numbers in this call, in the order of the elements or one for each image."""
+    below = (module for root in modules for module in root.modules() if module.training)
+    return any(getattr(module, "p", 0.0) or getattr(module, "drop_prob", 0.0) or 0.0 for module in below)
+
+
+def _name(module: nn.Module) -> str:
+    return qualified(published(type(module)))
+
+
+_TOKENWISE = frozenset(
+    {
+        *(f"torch.nn.modules.container.{name}" for name in ("Sequential", "ModuleList")),
+        *(f"torch.nn.modules.activation.{name}" for name in ("GELU", "SiLU", "ReLU", "Tanh", "Sigmoid")),
+        *(f"torch.nn.modules.normalization.{name}" for name in ("LayerNorm", "RMSNorm")),
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.linear.Identity",
+        "torch.nn.modules.dropout.Dropout",
+    }
+)
