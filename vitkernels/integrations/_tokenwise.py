@@ -58,9 +58,9 @@ class Layers:
         return None
 
 
-def random_now(modules: Iterable[nn.Module]) -> bool:
-    """Whether some layer below draws random numbers in this call, in the order of the elements or one for each image."""
-    below = (module for root in modules for module in root.modules() if module.training)
+def random_in(modules: Iterable[nn.Module], *, now: bool = False) -> bool:
+    """Whether some layer below draws random numbers in training (``now``: in this call), in the order of the elements or one for each image."""
+    below = (module for root in modules for module in root.modules() if module.training or not now)
     return any(getattr(module, "p", 0.0) or getattr(module, "drop_prob", 0.0) or 0.0 for module in below)
 
 
