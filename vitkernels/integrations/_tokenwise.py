@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from vitkernels.nn import _checks
 
 class Inner(Fused):
     """Base of the layers between which tokens are exchanged, attention: they are replaced with what is around them, and know its arrangement."""
+
+    _vk_skips: ClassVar[frozenset[str]] = frozenset()
+    """Names of children that are not called; what may stand there is for :meth:`_vk_why_not_layers` to say."""
 
     @classmethod
     def _vk_why_not_layers(cls, module: Any) -> str | None:
@@ -54,7 +57,8 @@ class Layers:
             for parameter in module._parameters.values():
                 if parameter is not None and (reason := _checks.why_not_weight("a weight inside", parameter)) is not None:
                     return reason
-            stack += [child for child in module._modules.values() if child is not None]
+            skipped = kind._vk_skips if kind is not None else ()
+            stack += [child for name, child in module._modules.items() if child is not None and name not in skipped]
         return None
 
 

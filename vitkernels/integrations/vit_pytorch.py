@@ -31,6 +31,7 @@ class PlainAttention(dense.Attention):
     """``vit.Attention`` and ``simple_vit.Attention``, whose norm is inside and whose maps are formed."""
 
     _vk_dims: ClassVar[int] = 3
+    _vk_skips: ClassVar[frozenset[str]] = frozenset({"attend"})
 
     @classmethod
     def _vk_why_not_layers(cls, module: Any) -> str | None:
