@@ -55,17 +55,26 @@ template <class S>
 void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
   using T = Arith<S>;
   constexpr int64_t lanes = kLanes<T>;
+  const auto copy = [&](const S* source, const S* ahead, T* target) {
+    for (int64_t c = 0; c < to_row; c += lanes) {
+      const int64_t left = columns - c;
+      __builtin_prefetch(ahead + c);
+      store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
+    }
+  };
+  if (from.column_stride == 1 && !from.line && !from.tail) {
+    const char* source = reinterpret_cast<const char*>(from.row<S>(0));
+    for (int64_t i = 0; i < rows; ++i, source += from.row_bytes) {
+      copy(reinterpret_cast<const S*>(source), reinterpret_cast<const S*>(source + kRowsAhead * from.row_bytes), to + i * to_row);
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const S* source = from.row<S>(i);
     const int64_t stride = from.columns_of(i);
     T* target = to + i * to_row;
     if (stride == 1) {
-      const S* ahead = from.row<S>(i + kRowsAhead);
-      for (int64_t c = 0; c < to_row; c += lanes) {
-        const int64_t left = columns - c;
-        __builtin_prefetch(ahead + c);
-        store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
-      }
+      copy(source, from.row<S>(i + kRowsAhead), target);
     } else {
       for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * stride]) : T(0);
     }

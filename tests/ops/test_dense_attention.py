@@ -38,7 +38,7 @@ def test_shared_keys(backend: str, dtype: torch.dtype) -> None:
     """They stand behind every image's own, in the output, every gradient, the bias, the padding and dropout."""
     if backends.why_not("attention", backend, torch.device("cpu"), dtype):
         pytest.skip("not a dtype of this backend")
-    sizes = ((2, 4, 2, 9, 9, 5, 16, 24), (3, 2, 2, 1, 50, 17, 8, 8), (2, 2, 1, 20, 0, 3, 20, 20), (1, 1, 1, 7, 300, 1, 16, 16))
+    sizes = ((2, 4, 2, 9, 9, 5, 16, 24), (3, 2, 2, 1, 50, 17, 8, 8), (2, 2, 1, 20, 0, 3, 20, 20), (1, 2, 1, 7, 300, 4, 16, 16))
     for index, (batch, heads, kv_heads, tokens, keys, shared, dim, value_dim) in enumerate(sizes):
         generator = torch.Generator().manual_seed(index)
 

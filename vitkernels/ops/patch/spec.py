@@ -149,5 +149,6 @@ SPECS = (
         bench_cases=tuple(_case(batch, side, dim) for side, dim in ((32, 36), (16, 48), (8, 60)) for batch in (1, 8)),
         saved_bytes=_saved,
         peers={"unfold, SDPA, fold": _unfold_sdpa_fold},
+        tiles_span_images=("triton",),
     ),
 )
