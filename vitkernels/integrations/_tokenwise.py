@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -40,32 +40,45 @@ class Layers:
         found = {module: _name(module) for root in modules for module in root.modules()}
         return {module: self._parts[name] for module, name in found.items() if name in self._parts}
 
-    def why_not(self, modules: Iterable[nn.Module], *, running: bool) -> str | None:
-        """Why ``modules`` cannot be run so; ``running``: the parts are replaced already."""
+    def why_not(self, modules: Iterable[nn.Module], *, running: bool, calm: bool = False) -> str | None:
+        """Why ``modules`` cannot be run so; ``running``: the parts are replaced already; ``calm``: nor may any draw random numbers in this call.
+
+        Beside a small block this walk is no small matter: attributes are read where PyTorch keeps them.
+        """
         stack = list(modules)
         while stack:
             module = stack.pop()
-            if _checks.watched(module):
-                return f"its {type(module).__name__} {_checks.HOOKED}"
-            name = _name(module)
-            kind = type(module) if isinstance(module, self._kinds) else None if running else self._parts.get(name)
+            own, cls = module.__dict__, type(module)
+            if _checks.hooked(module) and _checks.watched(module):
+                return f"its {cls.__name__} {_checks.HOOKED}"
+            skipped: Container[str] = ()
+            if not issubclass(cls, self._kinds):
+                name = _name(module)
+                kind = None if running else self._parts.get(name)
+            else:
+                name, kind = "", cls
             if kind is not None:
                 if (reason := kind._vk_why_not_layers(module)) is not None:
                     return reason
+                skipped = kind._vk_skips
             elif name not in self._known:
-                return f"its {type(module).__name__} is not known to work on each token by itself"
-            for parameter in module._parameters.values():
+                return f"its {cls.__name__} is not known to work on each token by itself"
+            if calm and own["training"] and _draws(own):
+                return "its layers draw random numbers in this call"
+            for parameter in own["_parameters"].values():
                 if parameter is not None and (reason := _checks.why_not_weight("a weight inside", parameter)) is not None:
                     return reason
-            skipped = kind._vk_skips if kind is not None else ()
-            stack += [child for name, child in module._modules.items() if child is not None and name not in skipped]
+            stack += [child for name, child in own["_modules"].items() if child is not None and name not in skipped]
         return None
 
 
 def random_in(modules: Iterable[nn.Module], *, now: bool = False) -> bool:
     """Whether some layer below draws random numbers in training (``now``: in this call), in the order of the elements or one for each image."""
-    below = (module for root in modules for module in root.modules() if module.training or not now)
-    return any(getattr(module, "p", 0.0) or getattr(module, "drop_prob", 0.0) or 0.0 for module in below)
+    return any(_draws(module.__dict__) for root in modules for module in root.modules() if module.training or not now)
+
+
+def _draws(own: Mapping[str, Any]) -> bool:
+    return bool(own.get("p") or own.get("drop_prob"))
 
 
 def _name(module: nn.Module) -> str:

@@ -50,17 +50,35 @@ class Attention(_tokenwise.Inner):
             fell_back(self, reason)
         return reason is None
 
-    def _vk_attend(self, qkv: tuple[Tensor, ...], heads: int, dropout: float, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attention of q, k and v, which are tokens [B, N, C] or a map [B, H/ph, ph, W/pw, pw, C]: the same shape."""
-        if qkv[0].dim() != _MAP_DIMS:
-            q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in qkv)
-            out = ops.attention(q, k, v, bias=bias, scale=scale, dropout_p=dropout)
-            assert isinstance(out, Tensor)
-            return out.transpose(1, 2).flatten(2)
-        _, _, ph, _, pw, _ = qkv[0].shape
-        maps = (tokens.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2) for tokens in qkv)
-        out = ops.patch_attention(*maps, patch=(ph, pw), num_heads=heads, scale=scale)
-        return _as_tokens(out, (ph, pw))
+    def _vk_attend(self, q: Tensor, k: Tensor, v: Tensor, patch: Patch, dropout: float, scale: float | None, bias: Tensor | None = None) -> Tensor:
+        """Attention of what :func:`split` gives: tokens again, or a map, in the shape that came in."""
+        if patch is not None:
+            return _as_tokens(ops.patch_attention(q, k, v, patch=patch, num_heads=self._vk_heads(self), scale=scale), patch)
+        out = ops.attention(q, k, v, bias=bias, scale=scale, dropout_p=dropout)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).flatten(2)
+
+    @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        """Its heads."""
+        raise NotImplementedError
+
+
+Patch = tuple[int, int] | None
+"""The size of a map's patches, or of tokens None."""
+
+
+def patch_of(x: Tensor) -> Patch:
+    """Of a map [B, H/ph, ph, W/pw, pw, C]."""
+    return (x.shape[2], x.shape[4]) if x.dim() == _MAP_DIMS else None
+
+
+def split(x: Tensor, heads: int, count: int = 1) -> tuple[Tensor, ...]:
+    """A projection's ``count`` parts, all of them views: tokens [B, N, count H D] as [B, H, N, D] each, a map as [B, H D, H', W'] each."""
+    if x.dim() == _MAP_DIMS:
+        return _as_map(x).chunk(count, dim=1)
+    batch, tokens, _ = x.shape
+    return x.reshape(batch, tokens, count, heads, x.shape[2] // (count * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 _MAP_DIMS = 6
@@ -68,7 +86,14 @@ _MAP_DIMS = 6
 
 def _as_tokens(x: Tensor, patch: tuple[int, int]) -> Tensor:
     """[B, C, H, W] as [B, H/ph, ph, W/pw, pw, C]: no copy of a channels-last map."""
-    return x.permute(0, 2, 3, 1).contiguous().unflatten(2, (-1, patch[1])).unflatten(1, (-1, patch[0]))
+    (batch, channels, height, width), (ph, pw) = x.shape, patch
+    return x.permute(0, 2, 3, 1).contiguous().view(batch, height // ph, ph, width // pw, pw, channels)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """The inverse, always a view."""
+    batch, rows, ph, columns, pw, channels = x.shape
+    return x.view(batch, rows * ph, columns * pw, channels).permute(0, 3, 1, 2)
 
 
 class MapBlock(Fused):
@@ -101,11 +126,8 @@ class MapBlock(Fused):
     def _vk_takes_map(self, x: Any) -> bool:
         """Whether this call can run on the feature map; the reason is kept for the handle's report if not."""
         inside = self._vk_inside(self)
-        reason = _checks.why_not_tensor(x) or self._vk_layers.why_not(inside, running=True)
-        if reason is None and _tokenwise.random_in(inside, now=True):
-            # In the order of the elements, or one for each sequence: of an unfolded map.
-            reason = "its layers draw random numbers in this call"
-        reason = reason or why_no_kernel(self._vk_op, x)
+        # Random numbers are drawn in the order of the elements, or one for each sequence: of an unfolded map.
+        reason = _checks.why_not_tensor(x) or self._vk_layers.why_not(inside, running=True, calm=True) or why_no_kernel(self._vk_op, x)
         if reason is not None:
             fell_back(self, reason)
         return reason is None
@@ -124,7 +146,7 @@ def on_map(x: Tensor, patch: tuple[int, int], *layers: Callable[[Tensor], Tensor
     for layer in layers:
         tokens = layer(tokens)
     # What comes out of a fold is contiguous, and the convolution after it expects no less.
-    x = tokens.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2).contiguous()
+    x = _as_map(tokens).contiguous()
     if size != (height, width):
         x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
     return x

@@ -99,6 +99,10 @@ class TimmDense(dense.Attention):
         return module.attn_drop.p
 
     @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_heads
+
+    @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.qkv.parameters())
 
@@ -107,20 +111,23 @@ class TimmDense(dense.Attention):
         reason = "is_causal was asked for" if is_causal else None if attn_mask is None else _checks.why_not_tensor(attn_mask)
         if not self._vk_takes(x, reason=reason):
             return super().forward(x, attn_mask, is_causal)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
-            # As the original has them, for whoever watches: [B, H, N, D].
-            q, k = (
-                norm(tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
-                for norm, tokens in ((self.q_norm, q), (self.k_norm, k))
-            )
+        q, k, v = dense.split(self.qkv(x), self.num_heads, 3)
+        patch = dense.patch_of(x)
+        if patch is None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
+            q, k = self._vk_norm_map(self.q_norm, q), self._vk_norm_map(self.k_norm, k)
         # SDPA knows nothing of self.scale, and of the dropout its probability alone.
         fused = self.fused_attn
         drops = self.training if fused else self.attn_drop.training
-        y = self._vk_attend((q, k, v), self.num_heads, self.attn_drop.p if drops else 0.0, None if fused else self.scale, attn_mask)
+        y = self._vk_attend(q, k, v, patch, self.attn_drop.p if drops else 0.0, None if fused else self.scale, attn_mask)
         y = self.norm(y)
         gate = self._modules.get("gate")
         return self.proj_drop(self.proj(y if gate is None else y * gate(x).sigmoid()))
+
+    def _vk_norm_map(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """A norm over each head of a map [B, H D, H', W']."""
+        return norm(x.unflatten(1, (self.num_heads, -1)).movedim(2, -1)).movedim(-1, 2).flatten(1, 2)
 
 
 class TimmMapBlock(dense.MapBlock):

@@ -103,6 +103,10 @@ class ViTAttention(dense.Attention):
         return module.attention_dropout
 
     @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_attention_heads
+
+    @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.q_proj.parameters())
 
@@ -111,10 +115,11 @@ class ViTAttention(dense.Attention):
         reason = attention_interface.why_not(self, hidden_states, hidden_states, attention_mask, **kwargs)
         if not self._vk_takes(hidden_states, reason=reason):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        qkv = tuple(projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         dropout = self.attention_dropout if self.training else 0.0
-        heads = qkv[0].shape[-1] // self.head_dim
-        return self.o_proj(self._vk_attend(qkv, heads, dropout, self.scaling, attention_mask)), None
+        return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, attention_mask)), None
 
 
 class MobileViTAttention(dense.Attention):
@@ -129,6 +134,10 @@ class MobileViTAttention(dense.Attention):
         return module.dropout.p
 
     @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_attention_heads
+
+    @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.query.parameters())
 
@@ -136,8 +145,9 @@ class MobileViTAttention(dense.Attention):
         """The original's argument and result; it may be a map [B, H/ph, ph, W/pw, pw, C]."""
         if not self._vk_takes(hidden_states):
             return super().forward(hidden_states)
-        qkv = tuple(projection(hidden_states) for projection in (self.query, self.key, self.value))
-        return self._vk_attend(qkv, self.num_attention_heads, self.dropout.p if self.dropout.training else 0.0)
+        q, k, v = (dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.query, self.key, self.value))
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        return self._vk_attend(q, k, v, dense.patch_of(hidden_states), dropout, None)
 
 
 class MobileViTBlock(dense.MapBlock):

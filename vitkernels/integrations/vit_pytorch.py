@@ -47,6 +47,10 @@ class PlainAttention(dense.Attention):
         return 0.0 if dropout is None else dropout.p
 
     @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.heads
+
+    @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.to_qkv.parameters())
 
@@ -54,21 +58,18 @@ class PlainAttention(dense.Attention):
         """The original's argument and result; ``x`` may be a map [B, H/ph, ph, W/pw, pw, C]."""
         if not self._vk_takes(x, dims=self._vk_dims):
             return super().forward(x)
-        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        qkv = self.to_qkv(self.norm(x))
+        sequences = qkv.flatten(0, 1) if qkv.dim() == 4 else qkv
         dropout = self._modules.get("dropout")
         drops = dropout is not None and dropout.training
-        return self.to_out(self._vk_attend(qkv, self.heads, dropout.p if drops else 0.0, self.scale))
+        out = self._vk_attend(*dense.split(sequences, self.heads, 3), dense.patch_of(qkv), dropout.p if drops else 0.0, self.scale)
+        return self.to_out(out.unflatten(0, qkv.shape[:2]) if qkv.dim() == 4 else out)
 
 
 class SequencesAttention(PlainAttention):
     """``mobile_vit.Attention``: of tokens [B, P, N, C], where those of one of P see each other."""
 
     _vk_dims: ClassVar[int] = 4
-
-    def _vk_attend(self, qkv: tuple[Tensor, ...], *options: Any, **more: Any) -> Tensor:
-        if (sequences := qkv[0]).dim() != self._vk_dims:
-            return super()._vk_attend(qkv, *options, **more)
-        return super()._vk_attend(tuple(tokens.flatten(0, 1) for tokens in qkv), *options, **more).unflatten(0, sequences.shape[:2])
 
 
 class MapBlock(dense.MapBlock):
