@@ -147,6 +147,16 @@ def test_variants(name: str, training: bool, x: Tensor) -> None:
     assert len(handle.replaced) == 3 and not handle.fallbacks
 
 
+def test_a_norm_of_each_head(x: Tensor) -> None:
+    """No constructor asks for it; who puts one in gets it."""
+    model = timm_block()
+    for layer in model.transformer:
+        layer.attn.q_norm, layer.attn.k_norm = nn.LayerNorm(20), nn.RMSNorm(20)
+    original, accelerated, handle = pair(model, x)
+    zoo.assert_same(original, accelerated, x, training=True)
+    assert len(handle.replaced) == 3 and not handle.fallbacks
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_attention_alone(kind: str, x: Tensor) -> None:
     """Without its block it gets the unfolded tokens."""

@@ -241,6 +241,8 @@ def test_dropout_on_our_masks(kind: str, formed: bool, images: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(2, 1), (1, 7), (3, 50), (0, 5), (2, 0)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_any_number_of_tokens(kind: str, shape: tuple[int, int]) -> None:
+    if kind == "transformers" and shape == (0, 5):
+        pytest.skip("the original takes no empty batch")
     attention = MODELS[kind]().get_submodule(ATTENTIONS[kind][0])
     accelerated, exactly = copy.deepcopy(attention), copy.deepcopy(attention).double()
     handle = vitkernels.accelerate(accelerated)
@@ -328,6 +330,9 @@ CALLED = {
 def test_hooks_on_called_layers_are_called(kind: str, images: Tensor) -> None:
     """With what they always saw."""
     original, accelerated, handle = pair(MODELS[kind](**({"qk_norm": True} if kind == "timm" else {})), images)
+    if kind == "timm":
+        for model in (original, accelerated):
+            model.blocks[1].attn.k_norm = nn.Identity()  # called, too
     seen: dict[nn.Module, dict[str, tuple[int, ...]]] = {}
     for model in (original, accelerated):
         shapes = seen[model] = {}
