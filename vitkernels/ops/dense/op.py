@@ -5,9 +5,11 @@ Reads top to bottom: the public function, its checks, then the torch.library op 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
@@ -27,10 +29,16 @@ def _for_torch(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> str | None:
-    """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None."""
-    if return_lse or key_padding is not None or bias is not None:
+    """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
+
+    On a CPU never: on no shape of benchmarks/sweep_attention.py was handing over the faster way. On a GPU where the alternative is the definition, which
+    forms the logits. What PyTorch has no fused kernel for stays here.
+    """
+    if chosen != "reference" or q.device.type != "cuda":
         return None
-    return None
+    if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
+        return None
+    return "on a GPU PyTorch's fused attention is faster than the definition, and the Triton kernels are not proved on this one"
 
 
 backends.declare("attention", backends.Support(torch=_for_torch))
@@ -59,7 +67,8 @@ def attention(
             ``key_padding_mask``; transformers' ``attention_mask.bool()``).
         scale: of the logits; default D ** -0.5.
         dropout_p: probability of dropping an attention weight, always applied, as in SDPA. The mask is a function of PyTorch's generator (one draw a
-            call) and of the place of the weight, the same on every backend, and stored nowhere.
+            call) and of the place of the weight, the same on every backend, and stored nowhere. (Where ``auto`` calls PyTorch's attention, which
+            ``vitkernels.explain`` tells, it is PyTorch's.)
         return_lse: also return the logsumexp of each query's logits.
 
     q, k and v share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; logits, softmax and sums are in float32 (float64
@@ -77,7 +86,11 @@ def attention(
 
     Paper: An Image is Worth 16x16 Words, arXiv 2010.11929, appendix A; the softmax as in FlashAttention-2, arXiv 2307.08691, section 3.
     """
-    out, lse = run("attention", q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout_p)
+
+    def for_torch(chosen: str) -> str | None:
+        return _for_torch(chosen, q, k, v, bias=bias, key_padding=key_padding, return_lse=return_lse)
+
+    out, lse = run("attention", q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout_p, for_torch=for_torch)
     return (out, lse.to(_define.accumulation_dtype(q.dtype))) if return_lse else out
 
 
@@ -93,18 +106,18 @@ def run(
     shared_v: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    for_torch: Callable[[str], str | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check, choose, call: ``(out, logsumexp)`` of :func:`attention`, for every public op that is one.
 
     ``shared_k`` [m, H_k, D] and ``shared_v`` [m, H_k, D_v] are keys and values that every image sees behind its own M; bias then has M + m columns,
-    and dropout counts them so. They are the caller's to check.
+    and dropout counts them so. They are the caller's to check. ``for_torch`` is the rule by which ``auto`` may call PyTorch's attention, for a caller
+    who wants the output alone; the logsumexp is then empty.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.dim() != 4:
-            _refuse_tokens(op, name, tensor)
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
-        q, k, v, shared_k, shared_v = (t if t is None else _define.cast(t, dtype) for t in (q, k, v, shared_k, shared_v))
-    _check_kinds(op, q, k, v)
+    if isinstance(q, Tensor) and (dtype := _define.autocast_dtype(q.device.type)) is not None:
+        q, k, v, shared_k, shared_v = (_define.cast(t, dtype) for t in (q, k, v, shared_k, shared_v))
+    if not _agree(q, k, v):
+        _refuse(op, q, k, v)
     if dropout_p != 0.0:
         _check.probability(op, "dropout_p", dropout_p)
     keys = k.shape[2] + (0 if shared_k is None else shared_k.shape[0])
@@ -115,7 +128,10 @@ def run(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
 
-    chosen = backends.select(op, q)
+    chosen = backends.select(op, q, for_torch)
+    if chosen == backends.TORCH:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if chosen == "reference":
         return reference.attention(
             q, k, v, bias=bias, key_padding=key_padding, shared_k=shared_k, shared_v=shared_v, scale=scale, dropout_p=dropout_p, seed=seed
@@ -127,28 +143,36 @@ def run(
     )
 
 
-def _refuse_tokens(op: str, name: str, value: Tensor) -> None:
-    symbols = {"q": "[B, H, N, D]", "k": "[B, H_k, M, D]", "v": "[B, H_k, M, D_v]"}[name]
-    _check.is_tensor(op, name, value, symbols)
-    _check.strided(op, name, value)
-    _check.floating(op, name, value)
-    raise ValueError(f"{op}: {name} has shape {_check.shape_of(value)}; it must be 4-dimensional, {symbols}")
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_kinds(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes, dtypes and devices. All in one look first: a call on few tokens takes ten microseconds, and each comparison in words a tenth of one."""
+def _agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether shapes, dtypes and devices are right, in one look: a call on few tokens takes twenty microseconds, of which messages would be five."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == k.dim() == v.dim() == 4):
+        return False
     batch, heads, _, width = q.shape
     k_batch, k_heads, keys, k_width = k.shape
-    if (
-        (k_batch, k_width, *v.shape[:3]) == (batch, width, batch, k_heads, keys)
-        and (width and k_heads and heads and v.shape[3] and heads % k_heads == 0)
-        and (k.dtype is v.dtype is q.dtype and k.device == v.device == q.device)
-    ):
-        return
-    if k.dtype is not q.dtype or k.device != q.device:
-        _check.same_kind(op, "k", k, "q", q)
-    if v.dtype is not q.dtype or v.device != q.device:
-        _check.same_kind(op, "v", v, "q", q)
+    v_batch, v_heads, v_keys, v_width = v.shape
+    dtype, device = q.dtype, q.device
+    return (
+        (k_batch == batch and v_batch == batch and k_width == width and v_heads == k_heads and v_keys == keys)
+        and (width > 0 and v_width > 0 and k_heads > 0 and heads > 0 and heads % k_heads == 0)
+        and (dtype in _FLOATING and k.dtype is dtype and v.dtype is dtype and k.device == device and v.device == device)
+        and (q.layout is torch.strided and k.layout is torch.strided and v.layout is torch.strided)
+    )
+
+
+def _refuse(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Say what is wrong."""
+    for name, tensor, symbols in (("q", q, "[B, H, N, D]"), ("k", k, "[B, H_k, M, D]"), ("v", v, "[B, H_k, M, D_v]")):
+        _check.is_tensor(op, name, tensor, symbols)
+        _check.strided(op, name, tensor)
+        _check.floating(op, name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be 4-dimensional, {symbols}")
+    _check.same_kind(op, "k", k, "q", q)
+    _check.same_kind(op, "v", v, "q", q)
+    batch, heads, _, width = q.shape
     if k.shape[0] != batch:
         raise ValueError(f"{op}: k has shape {_check.shape_of(k)}; it must have the batch of q, [{batch}, H_k, M, D]")
     if k.shape[3] != width or width == 0:

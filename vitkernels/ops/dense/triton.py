@@ -7,6 +7,7 @@ projection, and copied elsewhere. Padding goes into the bias. Shared keys are co
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,11 +76,14 @@ def attention_backward(
         ),
         *(need_q, need_k or need_shared_k, need_v or need_shared_v, need_bias, False),
     )
-    nothing = lse.new_empty((0,))
-    grad_bias = grad_table.view(-1, *grad_table.shape[-3:]).sum_to_size(bias.shape).contiguous() if need_bias and bias is not None else nothing
+
+    def nothing() -> Tensor:
+        return lse.new_empty((0,))
+
+    grad_bias = grad_table.view(-1, *grad_table.shape[-3:]).sum_to_size(bias.shape).contiguous() if need_bias and bias is not None else nothing()
     own_k, grad_shared_k = _apart(grad_k, batch, keys, shared_k, need_k, need_shared_k, nothing)
     own_v, grad_shared_v = _apart(grad_v, batch, keys, shared_v, need_v, need_shared_v, nothing)
-    return (_images(grad_q, batch, q.shape[2]) if need_q else nothing, own_k, own_v, grad_bias, grad_shared_k, grad_shared_v)
+    return (_images(grad_q, batch, q.shape[2]) if need_q else nothing(), own_k, own_v, grad_bias, grad_shared_k, grad_shared_v)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -104,15 +108,17 @@ def _with_shared(t: Tensor, shared: Tensor | None) -> Tensor:
     return torch.cat((t.transpose(1, 2), shared.expand(t.shape[0], *shared.shape)), dim=1).transpose(1, 2)
 
 
-def _apart(grad: Tensor, batch: int, keys: int, shared: Tensor | None, need: bool, need_shared: bool, nothing: Tensor) -> tuple[Tensor, Tensor]:
+def _apart(
+    grad: Tensor, batch: int, keys: int, shared: Tensor | None, need: bool, need_shared: bool, nothing: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
     """The gradients of an image's own rows, [B, H, M, D], and of the shared ones, [m, H, D], from that of all."""
     if not need and not need_shared:
-        return nothing, nothing
+        return nothing(), nothing()
     if shared is None:
-        return _images(grad, batch, keys), nothing
+        return _images(grad, batch, keys), nothing()
     whole = grad.view(batch, keys + shared.shape[0], *grad.shape[1:])  # [B, M + m, H, D]
-    own = whole[:, :keys].contiguous().transpose(1, 2) if need else nothing
-    return own, whole[:, keys:].sum(0, dtype=torch.float32).to(shared.dtype) if need_shared else nothing
+    own = whole[:, :keys].contiguous().transpose(1, 2) if need else nothing()
+    return own, whole[:, keys:].sum(0, dtype=torch.float32).to(shared.dtype) if need_shared else nothing()
 
 
 def _table(bias: Tensor | None, key_padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

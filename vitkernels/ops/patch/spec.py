@@ -120,7 +120,8 @@ def _saved(sample: Sample) -> int:
 def _unfold_sdpa_fold(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] = (2, 2), num_heads: int) -> Tensor:
     """What the models compute, with PyTorch's attention."""
     rows = [reference.unfold(t, patch, num_heads) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*(t.flatten(0, 2) for t in rows))
+    q, k, v = (t.flatten(0, 2) for t in rows)
+    out = F.scaled_dot_product_attention(q, k, v)
     return reference.fold(out.view(rows[2].shape), v.shape, patch)
 
 

@@ -15,7 +15,8 @@ from vitkernels.ops.patch import reference
 def patch_attention(q: Tensor, k: Tensor, v: Tensor, patch_height: int, patch_width: int, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """Forward of ``vitkernels::patch_attention``; arguments and results as its schema in op.py says."""
     patch = patch_height, patch_width
-    out, lse = dense.attention(*(_sequences(t, patch, heads) for t in (q, k, v)), None, None, None, None, scale, 0.0, None)
+    q_rows, k_rows, v_rows = (_sequences(t, patch, heads) for t in (q, k, v))
+    out, lse = dense.attention(q_rows, k_rows, v_rows, None, None, None, None, scale, 0.0, None)
     return _map(out, v, patch), lse
 
 
