@@ -120,9 +120,7 @@ def test_in_a_data_loader(workers: int) -> None:
     loader = DataLoader(data, batch_sampler=batches, num_workers=workers)
     found = list(loader)
     assert len(found) == len(loader) == len(batches)
-    assert [tuple(batch.shape) for batch in found] == [
-        (batches.batch_sizes[size], 3, *size) for size in resolutions(list(batches))
-    ]
+    assert [tuple(batch.shape) for batch in found] == [(batches.batch_sizes[size], 3, *size) for size in resolutions(list(batches))]
     assert {int(index) for batch in found for index in batch[:, 0, 0, 0]} == set(range(40))
 
 

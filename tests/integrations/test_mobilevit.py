@@ -217,7 +217,9 @@ def test_layers_that_draw_random_numbers_see_what_they_always_saw(name: str, x: 
     assert handle.fallbacks == {"": "its layers draw random numbers in this call"}
 
 
-@pytest.mark.parametrize(("kind", "options"), [("timm", {"attn_drop": 0.3}), ("transformers", {"attention_probs_dropout_prob": 0.3})], ids=["timm", "transformers"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("timm", {"attn_drop": 0.3}), ("transformers", {"attention_probs_dropout_prob": 0.3})], ids=["timm", "transformers"]
+)
 def test_attention_dropout(kind: str, options: dict[str, Any], x: Tensor) -> None:
     original, accelerated, handle = pair(BLOCKS[kind](**options), x)
     assert handle.replaced[1].note == "in training, dropout draws other masks than the original, of the same probability"
@@ -307,7 +309,13 @@ def test_the_map_is_copied_twice(kind: str, x: Tensor) -> None:
 
 INNER = {
     "timm": ["transformer", "transformer.0", "transformer.1.norm2", "transformer.0.mlp.act", "norm", "transformer.1.attn"],
-    "transformers": ["transformer", "transformer.layer.0.intermediate", "transformer.layer.1.layernorm_after", "layernorm", "transformer.layer.0.attention"],
+    "transformers": [
+        "transformer",
+        "transformer.layer.0.intermediate",
+        "transformer.layer.1.layernorm_after",
+        "layernorm",
+        "transformer.layer.0.attention",
+    ],
     "vit_pytorch": ["transformer", "transformer.layers.0.1", "transformer.layers.1.0.norm", "transformer.layers.1.0"],
 }
 

@@ -156,7 +156,9 @@ def test_bad_arguments(options: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("old", "new", "prefix"), [((14, 14), (24, 24), 1), ((14, 14), (7, 20), 5), ((6, 9), (9, 6), 0), ((3, 3), (1, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("old", "new", "prefix"), [((14, 14), (24, 24), 1), ((14, 14), (7, 20), 5), ((6, 9), (9, 6), 0), ((3, 3), (1, 1), 1)], ids=str
+)
 def test_positions_are_timms(old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool, dtype: torch.dtype) -> None:
     from timm.layers import resample_abs_pos_embed
 

@@ -564,5 +564,5 @@ def test_by_name_without_a_kernel(images: Tensor, registered: str, monkeypatch: 
 
 def test_registering_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="^register_transformers: "):
+    with pytest.raises(ImportError, match=r"^register_transformers: "):
         vitkernels.integrations.register_transformers()

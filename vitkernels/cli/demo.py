@@ -81,7 +81,7 @@ def runs() -> list[tuple[str, int, torch.dtype, bool]]:
 def command(
     folder: Path, models: tuple[str, ...], compiled: bool, rounds: int, seconds: float, peers: bool, device: str | None, threads: int | None
 ) -> None:
-    """Real ViT, MobileViT, EfficientViT, NaViT and DeepViT models on photos, original and accelerated: errors against float64, speed, plot, report."""
+    """Real vision transformers of three zoos on photos, original and accelerated: errors against float64, speed, plot, report."""
     target = device_of(device)
     set_threads(threads)
     folder = report.results_folder(folder)

@@ -84,11 +84,7 @@ def attention_forward(
     Returns:
         [B, N, H, D_v], and None in the place of the weights.
     """
-    reason = (
-        _checks.why_not_tensor(query)
-        or why_not(module, query, key, attention_mask, is_causal, **kwargs)
-        or why_no_kernel("attention", query)
-    )
+    reason = _checks.why_not_tensor(query) or why_not(module, query, key, attention_mask, is_causal, **kwargs) or why_no_kernel("attention", query)
     if reason is not None:
         sdpa = importlib.import_module("transformers").AttentionInterface()["sdpa"]
         if position_bias is not None:

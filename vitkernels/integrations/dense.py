@@ -26,6 +26,8 @@ class Attention(_tokenwise.Inner):
     """Base of the attention replacements."""
 
     _vk_op: ClassVar[str] = "attention"
+    _vk_forms_maps: ClassVar[bool] = False
+    """Whether the original does: then PyTorch's own fused attention, which the op calls on a GPU where no kernel is proved, is a gain, too."""
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
@@ -45,7 +47,8 @@ class Attention(_tokenwise.Inner):
         reason = reason or _checks.why_not_tensor(x) or self._vk_why_not_layers(self)
         if reason is None and x.dim() not in (dims, _MAP_DIMS):
             reason = f"the input has {x.dim()} dimensions"
-        reason = reason or why_no_kernel(self._vk_op, x)
+        if reason is None and not (self._vk_forms_maps and x.is_cuda):
+            reason = why_no_kernel(self._vk_op, x)
         if reason is not None:
             fell_back(self, reason)
         return reason is None

@@ -17,7 +17,6 @@ from vitkernels.integrations.separable import Attention, Block, Layer, Layers, P
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
 
-
 # What of a transformer works on each token by itself.
 _TRANSFORMER = frozenset(
     {
@@ -178,9 +177,7 @@ class NaFlex(Fused):
     """
 
     _vk_op: ClassVar[str] = "varlen_attention"
-    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers(
-        {"timm.layers.attention.Attention": NaFlexAttention}, _TRANSFORMER
-    )
+    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers({"timm.layers.attention.Attention": NaFlexAttention}, _TRANSFORMER)
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:

@@ -115,15 +115,15 @@ class ViTAttention(dense.Attention):
         reason = attention_interface.why_not(self, hidden_states, hidden_states, attention_mask, **kwargs)
         if not self._vk_takes(hidden_states, reason=reason):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        q, k, v = (
-            dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.q_proj, self.k_proj, self.v_proj))
         dropout = self.attention_dropout if self.training else 0.0
         return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, attention_mask)), None
 
 
 class MobileViTAttention(dense.Attention):
     """``MobileViTSelfAttention``, whose maps are formed."""
+
+    _vk_forms_maps: ClassVar[bool] = True
 
     @classmethod
     def _vk_why_not_layers(cls, module: Any) -> str | None:

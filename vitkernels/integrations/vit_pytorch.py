@@ -30,6 +30,7 @@ _PADDED, _NESTED = "vit_pytorch.na_vit.", "vit_pytorch.na_vit_nested_tensor."
 class PlainAttention(dense.Attention):
     """``vit.Attention`` and ``simple_vit.Attention``, whose norm is inside and whose maps are formed."""
 
+    _vk_forms_maps: ClassVar[bool] = True
     _vk_dims: ClassVar[int] = 3
     _vk_skips: ClassVar[frozenset[str]] = frozenset({"attend"})
 
@@ -62,7 +63,8 @@ class PlainAttention(dense.Attention):
         sequences = qkv.flatten(0, 1) if qkv.dim() == 4 else qkv
         dropout = self._modules.get("dropout")
         drops = dropout is not None and dropout.training
-        out = self._vk_attend(*dense.split(sequences, self.heads, 3), dense.patch_of(qkv), dropout.p if drops else 0.0, self.scale)
+        q, k, v = dense.split(sequences, self.heads, 3)
+        out = self._vk_attend(q, k, v, dense.patch_of(qkv), dropout.p if drops else 0.0, self.scale)
         return self.to_out(out.unflatten(0, qkv.shape[:2]) if qkv.dim() == 4 else out)
 
 

@@ -22,7 +22,7 @@ def interpolate_position_embedding(
     mode: str = "bicubic",
     antialias: bool = True,
 ) -> Tensor:
-    """Position embeddings for images of another size (An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.2): 2-D interpolation by their place.
+    """Position embeddings for images of another size, by 2-D interpolation (An Image is Worth 16x16 Words, arXiv 2010.11929, section 3.2).
 
     Args:
         pos_embed: [1, P + h w, D] or [P + h w, D], of any floating dtype: P prefix tokens (class, registers), then the grid row by row.
@@ -57,7 +57,8 @@ def interpolate_position_embedding(
         raise ValueError(f"{op}: pos_embed has shape {_check.shape_of(pos_embed)}; it must be {expected}")
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    prefix, grid = pos_embed.split([num_prefix_tokens, rows * columns], dim=-2)
-    grid = grid.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.to(torch.promote_types(grid.dtype, torch.float32)), size=tuple(new_grid), mode=mode, antialias=antialias)
-    return torch.cat((prefix, grid.flatten(2).transpose(1, 2).reshape(*prefix.shape[:-2], -1, prefix.shape[-1]).to(prefix.dtype)), dim=-2)
+    prefix, places = pos_embed.split([num_prefix_tokens, rows * columns], dim=-2)
+    image = places.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).to(torch.promote_types(places.dtype, torch.float32))  # [1, D, h, w]
+    image = F.interpolate(image, size=tuple(new_grid), mode=mode, antialias=antialias)
+    places = image.flatten(2).transpose(1, 2).reshape(*prefix.shape[:-2], -1, prefix.shape[-1])
+    return torch.cat((prefix, places.to(prefix.dtype)), dim=-2)
