@@ -241,7 +241,7 @@ def test_dropout_on_our_masks(kind: str, formed: bool, images: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(2, 1), (1, 7), (3, 50), (0, 5), (2, 0)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_any_number_of_tokens(kind: str, shape: tuple[int, int]) -> None:
-    if kind == "transformers" and shape == (0, 5):
+    if kind == "transformers" and 0 in shape:
         pytest.skip("the original takes no empty batch")
     attention = MODELS[kind]().get_submodule(ATTENTIONS[kind][0])
     accelerated, exactly = copy.deepcopy(attention), copy.deepcopy(attention).double()
