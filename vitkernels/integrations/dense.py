@@ -31,7 +31,19 @@ class Attention(_tokenwise.Inner):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        projection = cls._vk_projection(module)
+        if next(projection.parameters(), None) is None:
+            return f"its {type(projection).__name__} has no parameters: it is quantised, or something of its own"
         return cls._vk_why_not_layers(module)
+
+    @classmethod
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        """Its first projection."""
+        raise NotImplementedError
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(cls._vk_projection(module).parameters())
 
     @classmethod
     def _vk_dropout(cls, module: Any) -> float:

@@ -102,8 +102,8 @@ class TimmDense(dense.Attention):
         return module.num_heads
 
     @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.qkv.parameters())
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.qkv
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The original's arguments and result; ``x`` may be a map [B, H/ph, ph, W/pw, pw, C]."""

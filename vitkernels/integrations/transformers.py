@@ -107,8 +107,8 @@ class ViTAttention(dense.Attention):
         return module.num_attention_heads
 
     @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.q_proj.parameters())
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.q_proj
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The original's arguments and result."""
@@ -138,8 +138,8 @@ class MobileViTAttention(dense.Attention):
         return module.num_attention_heads
 
     @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.query.parameters())
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.query
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The original's argument and result; it may be a map [B, H/ph, ph, W/pw, pw, C]."""

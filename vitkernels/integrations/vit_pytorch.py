@@ -52,8 +52,8 @@ class PlainAttention(dense.Attention):
         return module.heads
 
     @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.to_qkv.parameters())
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.to_qkv
 
     def forward(self, x: Tensor) -> Tensor:
         """The original's argument and result; ``x`` may be a map [B, H/ph, ph, W/pw, pw, C]."""
