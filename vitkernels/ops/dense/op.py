@@ -31,8 +31,8 @@ def _for_torch(
 ) -> str | None:
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
-    On a CPU never: on no shape of benchmarks/sweep_attention.py was handing over the faster way. On a GPU where the alternative is the definition, which
-    forms the logits. What PyTorch has no fused kernel for stays here.
+    On a CPU never: on no shape of benchmarks/sweep_attention.py was handing over the faster way. On a GPU where the alternative is the definition,
+    which forms the logits. What PyTorch has no fused kernel for stays here.
     """
     if chosen != "reference" or q.device.type != "cuda":
         return None

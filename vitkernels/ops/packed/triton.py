@@ -963,7 +963,8 @@ def varlen_attention(
     lse = q.new_empty((c.heads, c.total_q), dtype=torch.float64)
     if work is None:
         work = layout.work_list(cu_seqlens_q, cu_seqlens_k, seqused_k, c.total_q, c.total_k)
-    tile = _fill(forward_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
+    tile_of = query_tile if bias is not None and bias.dim() == 4 else forward_tile  # the sequence's place in a bias takes registers, too
+    tile = _fill(tile_of(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
     with shared.on(q):
         shared.launch(
             varlen_attention_fwd_kernel,
