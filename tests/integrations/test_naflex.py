@@ -176,12 +176,14 @@ def test_a_quantised_layer_is_left_alone() -> None:
 
 def test_a_part_named_in_skip_leaves_the_model_alone() -> None:
     original, accelerated, handle = pair(zoo.naflex(), skip="blocks.1.attn")
-    assert reasons(handle) == {"": "blocks.1.attn, without which it cannot be replaced, is named in skip"}
-    assert torch.equal(accelerated.eval()(batch()), original.eval()(batch()))
+    assert reasons(handle) == {"": "blocks.1.attn, without which it cannot be replaced, is named in skip", "blocks.1.attn": "named in skip"}
+    assert [(record.path, record.op) for record in handle.replaced] == [("blocks.0.attn", "attention")]
+    zoo.assert_same(original, accelerated, batch(), training=False)
+    assert not handle.fallbacks
 
 
-def test_an_ordinary_vit_is_not_touched() -> None:
+def test_the_attention_of_an_ordinary_vit_takes_no_layout() -> None:
     import timm
 
     handle = vitkernels.accelerate(timm.create_model("vit_tiny_patch16_224", depth=1))
-    assert not handle.replaced and not handle.skipped
+    assert [(record.path, record.op) for record in handle.replaced] == [("blocks.0.attn", "attention")] and not handle.skipped
