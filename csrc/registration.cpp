@@ -6,6 +6,7 @@
 #include "cascaded_group/op.h"
 #include "common/isa.h"
 #include "head_mixing/op.h"
+#include "memory/op.h"
 #include "packed/op.h"
 #include "separable/op.h"
 #include "tokens/op.h"
@@ -36,6 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
   m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
+  m.impl("memory_attention", TORCH_BOX(&vitkernels::memory_attention));
+  m.impl("memory_attention_backward", TORCH_BOX(&vitkernels::memory_attention_backward));
   m.impl("re_attention", TORCH_BOX(&vitkernels::re_attention));
   m.impl("re_attention_backward", TORCH_BOX(&vitkernels::re_attention_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));

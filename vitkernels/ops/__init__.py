@@ -5,6 +5,7 @@ Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation
 
 from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
 from vitkernels.ops.head_mixing.op import re_attention
+from vitkernels.ops.memory.op import memory_attention
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.packed.op import packed_attention, varlen_attention
 from vitkernels.ops.separable.op import separable_attention, separable_self_attention
@@ -18,6 +19,7 @@ __all__ = [
     "cascaded_group_attention_batch_norm",
     "factorized_position_embedding",
     "masked_pool",
+    "memory_attention",
     "packed_attention",
     "re_attention",
     "separable_attention",
