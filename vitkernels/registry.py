@@ -142,12 +142,14 @@ class OpSpec:
 def all_specs() -> dict[str, OpSpec]:
     """Every op's spec by name."""
     from vitkernels.ops.cascaded_group import spec as cascaded_group
+    from vitkernels.ops.dense import spec as dense
     from vitkernels.ops.head_mixing import spec as head_mixing
     from vitkernels.ops.packed import spec as packed
+    from vitkernels.ops.patch import spec as patch
     from vitkernels.ops.separable import spec as separable
     from vitkernels.ops.tokens import spec as tokens
 
-    families = (separable, cascaded_group, packed, tokens, head_mixing)
+    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch)
     return {spec.name: spec for family in families for spec in family.SPECS}
 
 

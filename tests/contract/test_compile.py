@@ -90,6 +90,11 @@ def _retokened(base: Sample, batch: int, length: int) -> Sample:
     return replace(base, args=(*tokens, *base.args[3:]))
 
 
+def _repatched(base: Sample, batch: int, length: int) -> Sample:
+    """Maps [B, C, H, W] of another batch and width, in patches of 2 x 2."""
+    return replace(base, args=tuple(_dynamic(t, batch, *t.shape[1:3], 2 * length) for t in base.args))
+
+
 def _replaced(base: Sample, batch: int, length: int) -> Sample:
     """So many tokens, each somewhere."""
     x, *tables = base.args[:3]
@@ -116,6 +121,8 @@ _IN_ANOTHER_SIZE = {
     "varlen_attention": _repacked,
     "packed_attention": _repacked_rows,
     "re_attention": _retokened,
+    "attention": _retokened,
+    "patch_attention": _repatched,
     "factorized_position_embedding": _replaced,
     "masked_pool": _repooled,
 }

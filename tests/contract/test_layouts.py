@@ -14,6 +14,12 @@ from vitkernels.registry import Sample
 
 from .oracle import Target, as_tuple, assert_obeys_the_rule, cotangents, every_tensor, gradients, one_changed
 
+
+def _token_major(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """[B, H, N, D_v] that lies [B, N, H, D_v] in memory."""
+    return torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2).stride()
+
+
 # The layout that each op's docstring promises; a new op writes its own here.
 _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "separable_attention": lambda sample: torch.empty(sample.args[2].shape).stride(),
@@ -24,6 +30,8 @@ _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "packed_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "factorized_position_embedding": lambda sample: torch.empty(sample.args[0].shape).stride(),
     "re_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
+    "attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
+    "patch_attention": lambda sample: torch.empty_like(sample.args[2]).stride(),
     "masked_pool": lambda sample: torch.empty(sample.kwargs["layout"].sequences, *sample.args[0].shape[1:]).stride(),
 }
 

@@ -340,6 +340,68 @@ def _make_re_attention(drawn: dict[str, Any], device: str) -> Sample:
     return sample
 
 
+@st.composite
+def _dense(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    kv_heads = draw(st.integers(1, 3))
+    shape = (draw(st.integers(0, 3)), kv_heads * draw(st.integers(1, 3)), draw(st.integers(0, 40 if small else 90)), draw(st.integers(1, 80)))
+    keys = draw(st.integers(0, 40 if small else 90))
+    return {
+        "shape": shape,
+        "keys": keys,
+        "kv_heads": kv_heads,
+        "value_dim": draw(st.integers(1, 80)),
+        "bias": draw(st.none() | st.tuples(*(st.sampled_from((1, n)) for n in (*shape[:3], keys)))),
+        "mask": draw(st.booleans()),
+        "padding": draw(st.booleans()),
+        "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 3)),
+        "return_lse": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_dense(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    (batch, _, _, dim), keys, kv_heads = drawn["shape"], drawn["keys"], drawn["kv_heads"]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(drawn["dtype"])
+
+    qkv = (draw(*drawn["shape"]), draw(batch, kv_heads, keys, dim), draw(batch, kv_heads, keys, drawn["value_dim"]))
+    kwargs: dict[str, Any] = {"return_lse": drawn["return_lse"]}
+    if drawn["bias"] is not None:
+        kwargs["bias"] = draw(*drawn["bias"])
+        if drawn["mask"]:
+            kwargs["bias"] = (kwargs["bias"] > -0.5).to(device)
+    if drawn["padding"]:
+        kwargs["key_padding"] = (torch.rand(batch, keys, generator=generator) < 0.8).to(device)
+    args = tuple(_arranged(t, how) for t, how in zip(qkv, drawn["layouts"], strict=True))
+    return Sample(str(drawn), args, kwargs).mapped(lambda t: t.to(device).requires_grad_())
+
+
+@st.composite
+def _patch(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    patch, heads = draw(st.tuples(st.integers(1, 4), st.integers(1, 4))), draw(st.integers(1, 3))
+    side = st.integers(0, 4 if small else 9)
+    return {
+        "shape": (draw(st.integers(0, 3)), heads * draw(st.integers(1, 40)), *(draw(side) * p for p in patch)),
+        "value_channels": heads * draw(st.integers(1, 40)),
+        "patch": patch,
+        "heads": heads,
+        "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 3)),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_patch(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    batch, channels, *size = drawn["shape"]
+    tensors = (torch.randn(batch, c, *size, generator=generator).to(drawn["dtype"]) for c in (channels, channels, drawn["value_channels"]))
+    args = (_arranged(t, layout).to(device).requires_grad_() for t, layout in zip(tensors, drawn["layouts"], strict=True))
+    return Sample(str(drawn), tuple(args), {"patch": drawn["patch"], "num_heads": drawn["heads"]})
+
+
 # How to draw a call of each op, a small one for Triton's interpreter; a new op writes its own here.
 _DRAWN = {
     "separable_attention": (_attention, _make_attention),
@@ -351,6 +413,8 @@ _DRAWN = {
     "factorized_position_embedding": (_positions, _make_positions),
     "masked_pool": (_pool, _make_pool),
     "re_attention": (_re_attention, _make_re_attention),
+    "attention": (_dense, _make_dense),
+    "patch_attention": (_patch, _make_patch),
 }
 
 

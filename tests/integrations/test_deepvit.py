@@ -25,7 +25,7 @@ from vitkernels import backends
 from vitkernels.accuracy import compare_tensors
 from vitkernels.integrations import head_mixing
 from vitkernels.nn import ReAttention as OurReAttention
-from vitkernels.ops.head_mixing.reference import keep_maps
+from vitkernels.ops.packed.reference import keep_maps
 
 from .. import zoo
 from ..zoo import pair, reasons

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels.ops import _define
-from vitkernels.ops.packed.reference import keep_mask
+from vitkernels.ops.packed.reference import keep_maps
 
 
 def re_attention(
@@ -46,13 +46,3 @@ def re_attention(
         mean, var, weight, bias = (t if t is None else t.to(wide) for t in (mean, var, norm_weight, norm_bias))
         maps = F.batch_norm(maps, mean, var, weight, bias, live, 0.0, eps)
     return maps.to(v.dtype) @ v, maps, batch_mean, batch_var
-
-
-def keep_maps(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
-    """Which elements of maps [B, H, N, N] dropout keeps: the mask of packed attention over B sequences of N tokens."""
-    batch, heads, tokens, _ = shape
-    masks = []
-    for b in range(batch):
-        rows = torch.arange(b * tokens, (b + 1) * tokens, device=seed.device)
-        masks.append(keep_mask(seed, heads, rows, rows, dropout_p))
-    return torch.stack(masks) if masks else seed.new_zeros(shape, dtype=torch.bool)

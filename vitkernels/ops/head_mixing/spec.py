@@ -11,35 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
+from vitkernels.ops._arrange import HEAD_DIMS, contiguous, of_one_projection, one_head_for_all, strided, tokens_first
 from vitkernels.ops.head_mixing import op
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
-HEAD_DIMS = (8, 16, 20, 24, 30, 32, 33, 35, 36, 48, 60, 64, 72, 80, 96, 112, 128)
 _SMALL = ("mix_weight", "mix_bias", "norm_weight", "norm_bias", "running_mean", "running_var")
-
-
-def _contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    return q, k, v
-
-
-def _of_one_projection(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """As a model has them: slices of one [B, N, 3, H, D]."""
-    return tuple(t.transpose(1, 2) for t in torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).unbind(2))
-
-
-def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[N, B, H, D] in memory."""
-    return tuple(t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for t in tensors)
-
-
-def _strided(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """No dimension of stride 1, NaN between the values."""
-    return tuple(torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0] for t in tensors)
-
-
-def _expanded(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """One head's values for all."""
-    return tuple(t[:, :1].expand(t.shape) for t in tensors)
 
 
 def _sample(
@@ -56,7 +32,7 @@ def _sample(
     running: bool = False,
     logits: float = 1.0,
     convolution: bool = False,
-    arrange: Callable[..., tuple[Tensor, ...]] = _contiguous,
+    arrange: Callable[..., tuple[Tensor, ...]] = contiguous,
     **kwargs: Any,
 ) -> Sample:
     """One call.
@@ -132,11 +108,11 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
     # Nearly flat maps, as at initialisation: what the norm divides by is about 1e-5.
     yield make("nearly flat, layer", (1, 4, 49, 16), "layer", logits=0.1)
     yield make("nearly flat, batch in training", (1, 4, 49, 16), "batch", logits=0.1, biases=False)
-    yield make("one projection, layer", (2, 3, 20, 16), "layer", arrange=_of_one_projection)
-    yield make("one projection, batch", (2, 3, 20, 16), "batch", running=True, arrange=_of_one_projection)
-    yield make("tokens first", (2, 3, 20, 16), arrange=_tokens_first, value_dim=24)
-    yield make("strided, layer", (2, 3, 20, 16), "layer", arrange=_strided)
-    yield make("expanded", (2, 3, 20, 16), arrange=_expanded)
+    yield make("one projection, layer", (2, 3, 20, 16), "layer", arrange=of_one_projection)
+    yield make("one projection, batch", (2, 3, 20, 16), "batch", running=True, arrange=of_one_projection)
+    yield make("tokens first", (2, 3, 20, 16), arrange=tokens_first, value_dim=24)
+    yield make("strided, layer", (2, 3, 20, 16), "layer", arrange=strided)
+    yield make("expanded", (2, 3, 20, 16), arrange=one_head_for_all)
     norms: tuple[str | None, ...] = (None, "layer", "batch")
     for index, dim in enumerate((20, 33, 64, 128) if small else HEAD_DIMS):
         norm, other = norms[index % 3], (dim, 8, 64, 17)[index % 4]
@@ -147,7 +123,7 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
         norm = norms[index % 3]
         yield make(f"{tokens} tokens, {norm}", (2, 4, tokens, 32), norm, running=norm == "batch")
     yield make("197 tokens, batch in training", (2, 12, 197, 32), "batch", biases=False)
-    yield make("577 tokens, layer", (1, 3, 577, 32), "layer", biases=False, arrange=_of_one_projection)
+    yield make("577 tokens, layer", (1, 3, 577, 32), "layer", biases=False, arrange=of_one_projection)
     yield make("1025 tokens, batch", (1, 3, 1025, 16), "batch", running=True)
     yield make("32 heads, layer", (1, 32, 65, 16), "layer")
 
@@ -219,7 +195,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, mix_weight: Tensor, mix_bias: Tenso
 def _case(batch: int, tokens: int, dim: int, norm: str, training: bool = False, heads: int = 12) -> BenchCase:
     def make(dtype: torch.dtype, device: str) -> Sample:
         # As their authors have them: a layer norm without a mix bias (vit-pytorch), a batch norm with one (DeepViT).
-        options: dict[str, Any] = {"biases": norm == "batch", "running": norm == "batch" and not training, "arrange": _of_one_projection}
+        options: dict[str, Any] = {"biases": norm == "batch", "running": norm == "batch" and not training, "arrange": of_one_projection}
         return _sample("bench", (batch, heads, tokens, dim), norm, dtype=dtype, device=device, **options)
 
     pairs = batch * heads * tokens * tokens

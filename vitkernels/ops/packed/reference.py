@@ -120,6 +120,16 @@ def keep_mask(seed: Tensor, heads: int, rows: Tensor, columns: Tensor, dropout_p
     return word > drop_limit(dropout_p)
 
 
+def keep_maps(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
+    """Which elements of maps [B, H, N, M] dropout keeps: :func:`keep_mask` over B sequences of N queries and M keys, one after the other."""
+    batch, heads, queries, keys = shape
+    masks = []
+    for b in range(batch):
+        rows, columns = (torch.arange(b * n, (b + 1) * n, device=seed.device) for n in (queries, keys))
+        masks.append(keep_mask(seed, heads, rows, columns, dropout_p))
+    return torch.stack(masks) if masks else seed.new_zeros(shape, dtype=torch.bool)
+
+
 def _philox(seed: Tensor, counter: list[Tensor]) -> list[Tensor]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words."""
     word = 0xFFFFFFFF

@@ -12,16 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
+from vitkernels.ops._arrange import HEAD_DIMS, contiguous, strided
 from vitkernels.ops.packed import op
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
-HEAD_DIMS = (8, 16, 20, 24, 30, 32, 33, 35, 36, 48, 60, 64, 72, 80, 96, 112, 128)
 _AUTOCAST_KEEPS = ("bias", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
-
-
-def _contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    return q, k, v
 
 
 def _of_one_projection(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -41,11 +37,6 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in tensors)
 
 
-def _strided(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """No dimension of stride 1, NaN between the values."""
-    return tuple(torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0] for t in tensors)
-
-
 def _expanded(*tensors: Tensor) -> tuple[Tensor, ...]:
     """One head's values for all."""
     return tuple(t[..., :1, :].expand(t.shape) for t in tensors)
@@ -63,7 +54,7 @@ def _sample(
     kv_heads: int | None = None,
     dim: int = 16,
     value_dim: int | None = None,
-    arrange: Callable[..., tuple[Tensor, ...]] = _contiguous,
+    arrange: Callable[..., tuple[Tensor, ...]] = contiguous,
     bias: tuple[int, int] | None = None,
     hidden: bool = False,
     qk_norm: str | None = None,
@@ -173,7 +164,7 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
     yield make("one projection", (9, 3, 20), arrange=_of_one_projection)
     yield make("three projections", (9, 3, 20), value_dim=8, arrange=_of_three_projections)
     yield make("heads first", (9, 3, 20), arrange=_heads_first, qk_norm="rms")
-    yield make("strided", (9, 3, 20), arrange=_strided)
+    yield make("strided", (9, 3, 20), arrange=strided)
     yield make("expanded", (9, 3, 20), arrange=_expanded)
     for index, dim in enumerate((20, 33, 64, 128) if small else HEAD_DIMS):
         other = (None, 8, 64, 17)[index % 4]
@@ -211,14 +202,14 @@ def _packed_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = Fal
         kwargs = {key: value.detach().requires_grad_(grad) if isinstance(value, Tensor) else value for key, value in flat.kwargs.items()}
         return Sample(name, (*(t.detach().requires_grad_(grad) for t in rows), image_ids.to(device)), kwargs)
 
-    yield make("4x20", _ROWS, (4, 20), _contiguous)
-    yield make("1x5, tiny", _image_ids([[(1, 3), (0, 1), (-1, 1)]]), (1, 5), _contiguous, heads=1, dim=4, return_lse=True)
+    yield make("4x20", _ROWS, (4, 20), contiguous)
+    yield make("1x5, tiny", _image_ids([[(1, 3), (0, 1), (-1, 1)]]), (1, 5), contiguous, heads=1, dim=4, return_lse=True)
     yield make("4x20 with a layout, one projection", PackedLayout.from_image_ids(_ROWS), (4, 20), _of_one_projection, return_lse=True)
-    yield make("4x20, grouped heads, l2", _ROWS, (4, 20), _contiguous, heads=4, kv_heads=2, qk_norm="l2", norm="W", scale=1.0)
+    yield make("4x20, grouped heads, l2", _ROWS, (4, 20), contiguous, heads=4, kv_heads=2, qk_norm="l2", norm="W", scale=1.0)
     yield make("4x20, heads first", _ROWS, (4, 20), _heads_first, value_dim=24)
-    yield make("padding alone", _ROWS[2:3], (1, 20), _contiguous)
-    yield make("0x20", _ROWS[:0], (0, 20), _contiguous)
-    yield make("4x0", _ROWS[:, :0], (4, 0), _contiguous, return_lse=True)
+    yield make("padding alone", _ROWS[2:3], (1, 20), contiguous)
+    yield make("0x20", _ROWS[:0], (0, 20), contiguous)
+    yield make("4x0", _ROWS[:, :0], (4, 0), contiguous, return_lse=True)
     if not small:
         rows = _image_ids([[(0, 577), (1, 196), (-1, 251)], [(0, 64), (1, 900), (2, 60)]])
         yield make("2x1024", rows, (2, 1024), _of_one_projection, dim=64)

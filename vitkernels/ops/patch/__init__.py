@@ -1,0 +1,1 @@
+"""Attention among equal positions of all patches of a feature map (MobileViT)."""
