@@ -1,0 +1,120 @@
+"""The pass: class tokens of tasks carried through a ViT's layers beside its own tokens, which do not know of them.
+
+The model is called as its user calls it. While it runs, hooks take the keys and values of its tokens as they pass by, and after each layer's attention the
+class tokens make the same layer, as rows [B, T, C] of their own: T queries against the model's keys, their own, and their task's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels import ops
+from vitkernels.memory.layers import Layer
+
+MemoryKV = tuple[Tensor, Tensor]
+"""A layer's keys and values of all tasks' memory, [M, H, D] each."""
+
+
+class _Pass:
+    """What one call of the model knows."""
+
+    def __init__(self, layers: Sequence[Layer], tokens: Tensor, memory: Sequence[MemoryKV], groups: tuple[int, ...]) -> None:
+        self.layers, self.memory, self.groups = layers, memory, groups
+        self.x = tokens[None]  # [1, T, C], from the first layer on [B, T, C]
+        self.graded = torch.is_grad_enabled()
+        self.done = 0
+        self._outputs: dict[int, Tensor] = {}
+        self._busy = False  # with the class tokens, which call the same modules
+        self._thread = threading.get_ident()
+
+    def hooks(self) -> list[Any]:
+        handles = []
+        for index, layer in enumerate(self.layers):
+            for slot, source in enumerate(layer.sources):
+                handles.append(source.register_forward_hook(self._keep(index, slot)))
+            handles.append(layer.last.register_forward_hook(self._step(index)))
+        return handles
+
+    def _mine(self, index: int) -> bool:
+        return not self._busy and index == self.done and threading.get_ident() == self._thread
+
+    def _keep(self, index: int, slot: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            if self._mine(index):
+                self._outputs[slot] = output
+
+        return hook
+
+    def _step(self, index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if not self._mine(index):
+                return
+            layer = self.layers[index]
+            if len(self._outputs) != len(layer.sources):
+                raise RuntimeError(f"memory: layer {index} of vit ran without calling its projections of keys and values; they must be called as modules")
+            outputs = tuple(self._outputs[slot] for slot in range(len(layer.sources)))
+            self._outputs = {}
+            self._busy = True
+            try:
+                with torch.set_grad_enabled(self.graded):
+                    self._layer(layer, *layer.keys(outputs), *self.memory[index])
+            finally:
+                self._busy = False
+            self.done += 1
+
+        return hook
+
+    def _layer(self, layer: Layer, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> None:
+        x = self.x.expand(k.shape[0], -1, -1)
+        normed = layer.norm(x)
+        q, own_k, own_v = layer.project(normed)
+        out = ops.memory_attention(
+            q, k, v, memory_k, memory_v, own_k=own_k, own_v=own_v, groups=self.groups, scale=layer.scale, dropout_p=layer.dropout()
+        )
+        assert isinstance(out, Tensor)
+        self.x = layer.finish(x, normed, out.transpose(1, 2).flatten(2))
+
+
+def run_beside(
+    call: Callable[[], Any], layers: Sequence[Layer], tokens: Tensor, memory: Sequence[MemoryKV], groups: tuple[int, ...], *, base_grad: bool
+) -> tuple[Any, Tensor]:
+    """Call the model, and carry class tokens along.
+
+    Args:
+        call: calls the model.
+        layers: of the model.
+        tokens: [T, C], the class tokens as they enter the first layer.
+        memory: of each layer, of all tasks.
+        groups: how much of it is each task's.
+        base_grad: whether a gradient may be wanted of what the model itself computes. Without, it runs under ``torch.no_grad``: its tokens do not depend
+            on any task, and the backward of the tasks passes through their own rows alone.
+
+    Returns:
+        What the model returns, and the class tokens after the last layer, [B, T, C].
+
+    Raises:
+        RuntimeError: the model did not run all of its layers, once and in their order.
+    """
+    beside = _Pass(layers, tokens, memory, groups)
+    handles = beside.hooks()
+    try:
+        with torch.set_grad_enabled(beside.graded and base_grad):
+            base = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if beside.done != len(layers):
+        raise RuntimeError(f"memory: vit ran {beside.done} of its {len(layers)} layers in this call; it must run all, once and in their order")
+    return base, beside.x
+
+
+def project_memory(layer: Layer, memory: Sequence[Tensor], normed: Sequence[bool]) -> MemoryKV:
+    """Keys and values [M, H, D] of the memory of all tasks, [m, C] each, in one projection; of some tasks it passes the layer's norm first."""
+    rows = [layer.norm(m) if norm else m for m, norm in zip(memory, normed, strict=True)]
+    _, k, v = layer.project(torch.cat(rows)[None])
+    return k[0].transpose(0, 1), v[0].transpose(0, 1)
