@@ -130,7 +130,7 @@ class VitPytorchLayer(Layer):
 
     def __init__(self, module: Any) -> None:
         self.attn, self.feed_forward = module
-        package = qualified(_published(self.feed_forward)).rpartition(".")[0]
+        package = zoo_name(self.feed_forward).rpartition(".")[0]
         _expect(self.attn, f"{package}.Attention")
         _expect(self.feed_forward, f"{package}.FeedForward")
         self.last, self.scale = self.feed_forward, self.attn.scale
@@ -169,11 +169,13 @@ class Frame:
 
     Attributes:
         layers: in their order.
+        width: C, of a token.
         class_token: [C], what the model's own class token is when it enters the first layer; None if it has none.
         norm: the model's last norm, or None.
     """
 
     layers: tuple[Layer, ...]
+    width: int
     class_token: Tensor | None
     norm: nn.Module | None
 
@@ -185,7 +187,7 @@ def _timm(vit: Any) -> Frame:
         if vit.pos_embed is not None and not vit.no_embed_class:
             token = token + vit.pos_embed[0, 0]
         token = vit.norm_pre(token)
-    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", TimmLayer), token, vit.norm)
+    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", TimmLayer), vit.embed_dim, token, vit.norm)
 
 
 def _transformers(vit: Any) -> Frame:
@@ -193,7 +195,8 @@ def _transformers(vit: Any) -> Frame:
     token = vit.embeddings.cls_token[0, 0]
     if vit.embeddings.position_embeddings is not None:
         token = token + vit.embeddings.position_embeddings[0, 0]
-    return Frame(_layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", TransformersLayer), token, vit.layernorm)
+    layers = _layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", TransformersLayer)
+    return Frame(layers, vit.config.hidden_size, token, vit.layernorm)
 
 
 def _vit_pytorch(vit: Any) -> Frame:
@@ -201,7 +204,8 @@ def _vit_pytorch(vit: Any) -> Frame:
     if token is not None:
         token = token.flatten(0, -2)[0] + vit.pos_embedding.flatten(0, -2)[0]
     layers = _layers(vit.transformer.layers, "torch.nn.modules.container.ModuleList", VitPytorchLayer)
-    return Frame(layers, token, getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None))
+    last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
+    return Frame(layers, vit.pos_embedding.shape[-1], token, last)
 
 
 _FRAMES: dict[str, Callable[[Any], Frame]] = {
@@ -219,19 +223,20 @@ def frame_of(vit: nn.Module) -> Frame:
     Raises:
         TypeError: it is of a class that is not known, or has a layer of one.
     """
-    name = qualified(_published(vit))
+    name = zoo_name(vit)
     if name not in _FRAMES:
         raise TypeError(f"memory: vit is a {name}; it must be one of {', '.join(_FRAMES)}")
     with torch.no_grad():
         return _FRAMES[name](vit)
 
 
-def _published(module: nn.Module) -> type:
-    return published(origin(module)[0] if is_fused(module) else type(module))
+def zoo_name(module: nn.Module) -> str:
+    """The qualified name of a module's class as its zoo has it, accelerated or not."""
+    return qualified(published(origin(module)[0] if is_fused(module) else type(module)))
 
 
 def _expect(module: nn.Module, name: str) -> None:
-    if (found := qualified(_published(module))) != name:
+    if (found := zoo_name(module)) != name:
         raise TypeError(f"memory: a layer of vit is a {found}; it must be a {name}")
 
 

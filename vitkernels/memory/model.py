@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitkernels.memory.beside import MemoryKV, project_memory, run_beside
 from vitkernels.memory.layers import Frame, frame_of
 from vitkernels.nn import _derived
+from vitkernels.ops import _define
 
 _FORMAT = "vitkernels.memory.task.1"
 
@@ -92,7 +93,7 @@ class MemoryViT(nn.Module):
         self.vit = vit
         self.tasks: nn.ModuleDict = nn.ModuleDict()
         self.frozen = freeze
-        self._layers, self._dim = len(frame.layers), _width(vit, frame)
+        self._layers, self._dim = len(frame.layers), frame.width
         if freeze:
             vit.requires_grad_(False)
             vit.eval()
@@ -197,11 +198,11 @@ class MemoryViT(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)):
                 return MemoryOutput(self.vit(*args, **kwargs), {})
         tasks: list[Any] = list(self.tasks.values())
-        frame = frame_of(self.vit)
+        kept = _KEPT.entry(self)
         groups = tuple(task.memory.shape[1] for task in tasks)
         tokens = torch.stack([task.class_token for task in tasks])
         base, rows = run_beside(
-            lambda: self.vit(*args, **kwargs), frame.layers, tokens, self._memory(frame), groups, base_grad=self._base_grad(args, kwargs)
+            lambda: self.vit(*args, **kwargs), kept.plan.layers, tokens, self._memory(kept), groups, base_grad=self._base_grad(args, kwargs)
         )
         return MemoryOutput(base, {name: task(rows[:, t]) for t, (name, task) in enumerate(zip(self.tasks, tasks, strict=True))})
 
@@ -210,19 +211,18 @@ class MemoryViT(nn.Module):
         given = (*args, *kwargs.values())
         return any(p.requires_grad for p in self.vit.parameters()) or any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
-    def _memory(self, frame: Frame) -> list[MemoryKV]:
+    def _memory(self, kept: Any) -> list[MemoryKV]:
         """Keys and values of all memory, layer by layer."""
         tasks: list[Any] = list(self.tasks.values())
         normed = [task.norm_memory for task in tasks]
 
         def make() -> list[MemoryKV]:
-            return [project_memory(layer, [task.memory[index] for task in tasks], normed) for index, layer in enumerate(frame.layers)]
+            layers = enumerate(kept.plan.layers)
+            return [project_memory(layer, [task.memory[index] for task in tasks], normed) for index, layer in layers]
 
         if self.training or torch.is_grad_enabled():
             return make()
-        device = tasks[0].memory.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return _KEPT.entry(self).value(autocast, make)
+        return kept.value(_define.autocast_dtype(tasks[0].memory.device.type), make)
 
 
 def _settings(model: MemoryViT) -> Any:
@@ -230,10 +230,5 @@ def _settings(model: MemoryViT) -> Any:
     return [(name, task.norm_memory) for name, task in tasks]
 
 
-_KEPT: _derived.Derived[None, list[MemoryKV]] = _derived.Derived(lambda model: None, _settings)
+_KEPT: _derived.Derived[Frame, list[MemoryKV]] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
 
-
-def _width(vit: nn.Module, frame: Frame) -> int:
-    if frame.class_token is not None:
-        return frame.class_token.shape[0]
-    return int(next(p for p in vit.parameters() if p.dim() == 3).shape[-1])
