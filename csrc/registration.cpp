@@ -5,9 +5,11 @@
 
 #include "cascaded_group/op.h"
 #include "common/isa.h"
+#include "dense/op.h"
 #include "head_mixing/op.h"
 #include "memory/op.h"
 #include "packed/op.h"
+#include "patch/op.h"
 #include "separable/op.h"
 #include "tokens/op.h"
 
@@ -29,6 +31,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vitkernels, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vitkernels::cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("attention", TORCH_BOX(&vitkernels::attention));
+  m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward));
   m.impl("cascaded_group_attention", TORCH_BOX(&vitkernels::cascaded_group_attention));
   m.impl("cascaded_group_attention_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_backward));
   m.impl("cascaded_group_attention_batch_norm", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm));
@@ -39,6 +43,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
   m.impl("memory_attention", TORCH_BOX(&vitkernels::memory_attention));
   m.impl("memory_attention_backward", TORCH_BOX(&vitkernels::memory_attention_backward));
+  m.impl("patch_attention", TORCH_BOX(&vitkernels::patch_attention));
+  m.impl("patch_attention_backward", TORCH_BOX(&vitkernels::patch_attention_backward));
   m.impl("re_attention", TORCH_BOX(&vitkernels::re_attention));
   m.impl("re_attention_backward", TORCH_BOX(&vitkernels::re_attention_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));

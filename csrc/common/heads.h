@@ -11,15 +11,41 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
-// Rows of one head: element (i, c) at data + i * row_stride + c * column_stride, of the storage type.
+// Rows of one head, of the storage type. Row i begins i strides from `data`; or, where the rows are pixels of a map, `line` of them lie one row_stride apart and
+// the next line begins a line_stride further on; and from row `own` on, rows are those of `tail`, whose columns are neighbours (keys that sequences share).
 struct HeadRows {
   const void* data;
-  int64_t row_stride, column_stride;
+  int64_t row_bytes;      // stride of a row, in bytes
+  int64_t column_stride;  // in elements
+  int64_t line = 0, line_bytes = 0;
+  const void* tail = nullptr;
+  int64_t own = 0, tail_bytes = 0;
+  int64_t first = 0;  // what is row 0 here
 
-  // From a later row on, given as rows * bytes of an element.
-  HeadRows after(int64_t row_bytes) const { return {static_cast<const char*>(data) + row_bytes * row_stride, row_stride, column_stride}; }
-  // From a later column on, likewise.
-  HeadRows from_column(int64_t column_bytes) const { return {static_cast<const char*>(data) + column_bytes * column_stride, row_stride, column_stride}; }
+  template <class S>
+  const S* row(int64_t i) const {
+    i += first;
+    const bool shared = tail && i >= own;
+    const char* base = static_cast<const char*>(shared ? tail : data);
+    if (shared) return reinterpret_cast<const S*>(base + (i - own) * tail_bytes);
+    if (line) return reinterpret_cast<const S*>(base + i / line * line_bytes + i % line * row_bytes);
+    return reinterpret_cast<const S*>(base + i * row_bytes);
+  }
+  // Between the columns of row i.
+  int64_t columns_of(int64_t i) const { return tail && first + i >= own ? 1 : column_stride; }
+
+  HeadRows after(int64_t rows) const {
+    HeadRows later = *this;
+    later.first += rows;
+    return later;
+  }
+  // From a later column on, given as columns * bytes of an element.
+  HeadRows from_column(int64_t column_bytes) const {
+    HeadRows later = *this;
+    later.data = static_cast<const char*>(data) + column_bytes * column_stride;
+    later.tail = tail ? static_cast<const char*>(tail) + column_bytes : nullptr;
+    return later;
+  }
 };
 
 // Rows of one head lie far apart in memory, where no hardware prefetcher sees them coming.
@@ -29,28 +55,33 @@ template <class S>
 void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
   using T = Arith<S>;
   constexpr int64_t lanes = kLanes<T>;
-  const S* base = static_cast<const S*>(from.data);
   for (int64_t i = 0; i < rows; ++i) {
-    const S* source = base + i * from.row_stride;
+    const S* source = from.row<S>(i);
+    const int64_t stride = from.columns_of(i);
     T* target = to + i * to_row;
-    if (from.column_stride == 1) {
+    if (stride == 1) {
+      const S* ahead = from.row<S>(i + kRowsAhead);
       for (int64_t c = 0; c < to_row; c += lanes) {
         const int64_t left = columns - c;
-        __builtin_prefetch(source + kRowsAhead * from.row_stride + c);
+        __builtin_prefetch(ahead + c);
         store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
       }
     } else {
-      for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * from.column_stride]) : T(0);
+      for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * stride]) : T(0);
     }
   }
 }
 
 template <class S>
-void store_rows(void* data, int64_t row_stride, int64_t rows, int64_t columns, const Arith<S>* from, int64_t from_row) {
+void store_rows(const HeadRows& to, int64_t rows, int64_t columns, const Arith<S>* from, int64_t from_row) {
   constexpr int64_t lanes = kLanes<Arith<S>>;
   for (int64_t i = 0; i < rows; ++i) {
-    S* target = static_cast<S*>(data) + i * row_stride;
+    S* target = const_cast<S*>(to.row<S>(i));
     const Arith<S>* source = from + i * from_row;
+    if (to.column_stride != 1) {
+      for (int64_t c = 0; c < columns; ++c) store_scalar(target + c * to.column_stride, source[c]);
+      continue;
+    }
     for (int64_t c = 0; c < columns; c += lanes) {
       if (columns - c >= lanes) {
         store(target + c, load(source + c));
@@ -66,15 +97,7 @@ template <class T>
 struct Storage {
   int64_t bytes;  // of an element
   void (*load_rows)(const HeadRows& from, int64_t rows, int64_t columns, T* to, int64_t to_row);  // the padding of a row is zero
-  void (*store_rows)(void* data, int64_t row_stride, int64_t rows, int64_t columns, const T* from, int64_t from_row);
-
-  HeadRows head(const Rows& rows, int64_t row, int64_t head) const {
-    return {static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * bytes, rows.row_stride, rows.column_stride};
-  }
-  // Of a contiguous [rows, heads, columns] tensor.
-  void* place(void* data, int64_t row, int64_t head, int64_t heads, int64_t columns) const {
-    return static_cast<char*>(data) + (row * heads + head) * columns * bytes;
-  }
+  void (*store_rows)(const HeadRows& to, int64_t rows, int64_t columns, const T* from, int64_t from_row);
 };
 
 template <class S>
@@ -92,7 +115,7 @@ const Storage<float>& storage_of(Dtype dtype) {
 // Of a [batch, heads, rows, columns] tensor.
 template <class T>
 inline HeadRows head_rows(const Storage<T>& io, const Map& map, int64_t sample, int64_t head, int64_t row = 0) {
-  return {static_cast<const char*>(map.data) + (sample * map.batch_stride + head * map.dim_stride + row * map.height_stride) * io.bytes, map.height_stride, map.width_stride};
+  return {static_cast<const char*>(map.data) + (sample * map.batch_stride + head * map.dim_stride + row * map.height_stride) * io.bytes, map.height_stride * io.bytes, map.width_stride};
 }
 
 template <class T>
@@ -135,7 +158,7 @@ void pack_transposed(const Storage<T>& io, const HeadRows& from, int64_t count, 
   for (int64_t j = 0; j < round_up(count, lanes); j += lanes) {
     const int64_t rows = min_of(count - j, lanes);
     T* panel = panels + j / kPanel<T> * kPanel<T> * columns + j % kPanel<T>;
-    io.load_rows(from.after(j * io.bytes), rows, columns, stage, stage_row);
+    io.load_rows(from.after(j), rows, columns, stage, stage_row);
     change(stage.get(), rows);
     for (int64_t c = 0; c < columns; c += lanes) {
       Vec<T> block[lanes] = {};
@@ -157,7 +180,7 @@ template <class Change>
 void load_pairs(const Storage<float>& io, const HeadRows& from, int64_t rows, int64_t columns, bool plain, const Change& change, float* to, int64_t row) {
   if (plain && from.column_stride == 1) {
     for (int64_t i = 0; i < rows; ++i) {
-      const BFloat16* source = static_cast<const BFloat16*>(from.data) + i * from.row_stride;
+      const BFloat16* source = from.row<BFloat16>(i);
       for (int64_t c = 0; c < row; c += kFloatLanes) {
         const int64_t left = min_of<int64_t>(max_of<int64_t>(columns - 2 * c, 0), 2 * kFloatLanes);
         const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
@@ -184,7 +207,7 @@ void pack_transposed_pairs(const Storage<float>& io, const HeadRows& from, int64
   for (int64_t j = 0; j < count; j += kFloatLanes) {
     const int64_t rows = min_of<int64_t>(count - j, kFloatLanes);
     float* panel = panels + j / kPanel<float> * kPanel<float> * pairs + j % kPanel<float>;
-    load_pairs(io, from.after(j * io.bytes), rows, columns, plain, change, stage, row);
+    load_pairs(io, from.after(j), rows, columns, plain, change, stage, row);
     for (int64_t c = 0; c < pairs; c += kFloatLanes) {
       Vec<float> block[kFloatLanes] = {};
       for (int64_t i = 0; i < rows; ++i) block[i] = load(stage + i * row + c);
@@ -206,14 +229,14 @@ inline WordBits half_words(const BFloat16* row, int64_t stride, int64_t c, int64
 
 // Rows of a head as panels [pairs of rows][kPanel]: V.
 inline void pack_row_pairs(const HeadRows& from, int64_t count, int64_t columns, float* panels) {
-  const BFloat16* source = static_cast<const BFloat16*>(from.data);
   const int64_t panel = ceil_div(count, 2) * kPanel<float>;
   for (int64_t j = 0; j < count; j += 2) {
-    const BFloat16* even = source + j * from.row_stride;
-    const BFloat16* odd = j + 1 < count ? even + from.row_stride : nullptr;
+    const BFloat16* even = from.row<BFloat16>(j);
+    const BFloat16* odd = j + 1 < count ? from.row<BFloat16>(j + 1) : nullptr;
+    const int64_t even_stride = from.columns_of(j), odd_stride = from.columns_of(j + 1);
     for (int64_t c = 0; c < columns; c += kFloatLanes) {
       const int64_t left = min_of<int64_t>(columns - c, kFloatLanes);
-      const WordBits low = half_words(even, from.column_stride, c, left), high = odd ? half_words(odd, from.column_stride, c, left) : WordBits{};
+      const WordBits low = half_words(even, even_stride, c, left), high = odd ? half_words(odd, odd_stride, c, left) : WordBits{};
       const WordBits pair = low | high << 16;
       std::memcpy(panels + c / kPanel<float> * panel + j / 2 * kPanel<float> + c % kPanel<float>, &pair, sizeof pair);
     }

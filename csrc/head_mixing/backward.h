@@ -425,7 +425,7 @@ class BackwardPasses {
   void put(void* grad, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, const T* from, int64_t from_row) const {
     if (!grad) return;
     void* target = static_cast<char*>(grad) + ((b * n_.heads + h) * n_.tokens + row) * columns * io_.bytes;
-    io_.store_rows(target, columns, rows, columns, from, from_row);
+    io_.store_rows({target, columns * io_.bytes, 1}, rows, columns, from, from_row);
   }
 
   const Backward& a_;

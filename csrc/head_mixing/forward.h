@@ -122,7 +122,7 @@ class Tile {
         store(target, acc + (first ? load(sums + c * kLanes<T>) * constant : load(target)));
       });
       void* target = static_cast<char*>(out) + ((sample * n_.heads + g) * n_.tokens + first) * n_.value_dim * io_.bytes;
-      io_.store_rows(target, n_.value_dim, rows, n_.value_dim, out_, n_.value_row);
+      io_.store_rows({target, n_.value_dim * io_.bytes, 1}, rows, n_.value_dim, out_, n_.value_row);
     }
   }
 
@@ -196,7 +196,7 @@ void column_sums(const Storage<T>& io, const Sizes<T>& n, const HeadRows& v, T* 
   Buffer<T> row(n.value_row);
   std::memset(sums, 0, static_cast<size_t>(n.value_row) * sizeof(T));
   for (int64_t j = 0; j < n.tokens; ++j) {
-    io.load_rows(v.after(j * io.bytes), 1, n.value_dim, row, n.value_row);
+    io.load_rows(v.after(j), 1, n.value_dim, row, n.value_row);
     for (int64_t c = 0; c < n.value_row; ++c) sums[c] += row[c];
   }
 }

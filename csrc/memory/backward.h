@@ -58,9 +58,8 @@ void backward_tile(const Backward& a, const Storage<T>& io, const Pieces<T>& pie
       if (a.grad_q) gemm<T>(rows, count, dim_row / lanes, grads + map + j, width, 1, side.keys + key * dim_row, dim_row, adding(grad_q + row * dim_row, dim_row, scale));
     }
   });
-  if (a.grad_q) {
-    io.store_rows(io.place(a.grad_q, tile.sample * a.heads + tile.head, tile.first, a.queries, a.dim), a.dim, tile.rows, a.dim, grad_q, dim_row);
-  }
+  const int64_t place = ((tile.sample * a.heads + tile.head) * a.queries + tile.first) * a.dim;
+  if (a.grad_q) io.store_rows(dense_rows(io, a.grad_q, place, a.dim), tile.rows, a.dim, grad_q, dim_row);
 }
 
 // Each sample's part [M, H, columns] of a gradient of the memory, to their sum.
@@ -74,7 +73,7 @@ void sum_samples(const Backward& a, const Storage<T>& io, const T* parts, int64_
     for (int64_t b = 0; b < a.batch; ++b) {
       for (int64_t c = 0; c < row; ++c) sum[c] += parts[b * size + m * row + c];
     }
-    io.store_rows(io.place(grad, m, 0, 1, row), row, 1, row, sum, row);
+    io.store_rows(dense_rows(io, grad, m * row, row), 1, row, sum, row);
   });
 }
 
@@ -103,9 +102,12 @@ void backward(const Backward& a) {
       backward_tile<T>(a, io, pieces, {sample, head, i, min_of(rows, a.queries - i)}, {keys, keys_t, values_t, grad_k, grad_v}, need_k, need_v);
     }
     const auto put = [&](void* base, void* own, T* parts, int64_t columns, const T* grad, int64_t row) {
-      if (base) io.store_rows(io.place(base, unit, 0, a.keys, columns), columns, a.keys, columns, grad, row);
-      if (parts) kStorage<T>.store_rows(parts + (sample * memories * a.heads + head) * columns, a.heads * columns, memories, columns, grad + a.keys * row, row);
-      if (own) io.store_rows(io.place(own, unit, 0, a.queries, columns), columns, a.queries, columns, grad + (a.keys + memories) * row, row);
+      if (base) io.store_rows(dense_rows(io, base, unit * a.keys * columns, columns), a.keys, columns, grad, row);
+      if (parts) {
+        const HeadRows to = dense_rows(kStorage<T>, parts, (sample * memories * a.heads + head) * columns, a.heads * columns);
+        kStorage<T>.store_rows(to, memories, columns, grad + a.keys * row, row);
+      }
+      if (own) io.store_rows(dense_rows(io, own, unit * a.queries * columns, columns), a.queries, columns, grad + (a.keys + memories) * row, row);
     };
     put(a.grad_k, a.grad_own_k, a.grad_memory_k ? parts_k.get() : nullptr, a.dim, grad_k, dim_row);
     put(a.grad_v, a.grad_own_v, a.grad_memory_v ? parts_v.get() : nullptr, a.value_dim, grad_v, value_row);

@@ -60,7 +60,8 @@ void forward_tile(const Forward& a, const Storage<T>& io, const Pieces<T>& piece
   for (int64_t i = 0; i < tile.rows; ++i) {
     for (int64_t c = 0; c < value_row; c += lanes) store(out + i * value_row + c, load(out + i * value_row + c) * inverse[i]);
   }
-  io.store_rows(io.place(a.out, tile.sample * a.queries + tile.first, tile.head, a.heads, a.value_dim), a.heads * a.value_dim, tile.rows, a.value_dim, out, value_row);
+  const int64_t place = ((tile.sample * a.queries + tile.first) * a.heads + tile.head) * a.value_dim;
+  io.store_rows(dense_rows(io, a.out, place, a.heads * a.value_dim), tile.rows, a.value_dim, out, value_row);
 }
 
 template <class T>

@@ -25,6 +25,17 @@ struct Piece {
 };
 
 template <class T>
+HeadRows memory_rows(const Storage<T>& io, const Rows& memory, int64_t first, int64_t head) {
+  return {static_cast<const char*>(memory.data) + (first * memory.row_stride + head * memory.head_stride) * io.bytes, memory.row_stride * io.bytes, memory.column_stride};
+}
+
+// Rows of a contiguous tensor, `stride` elements apart, from element `first` on.
+template <class T>
+HeadRows dense_rows(const Storage<T>& io, void* data, int64_t first, int64_t stride) {
+  return {static_cast<char*>(data) + first * io.bytes, stride * io.bytes, 1};
+}
+
+template <class T>
 class Pieces {
  public:
   Pieces(const Attention& a, const Storage<T>& io, int64_t sample, int64_t head) {
@@ -36,7 +47,7 @@ class Pieces {
     add(head_rows(io, a.k, sample, head), head_rows(io, a.v, sample, head), a.keys, 0, a.queries, 0, 0);
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t first = a.memory_begin[g], rows = a.group_rows();
-      add(io.head(a.memory_k, first, head), io.head(a.memory_v, first, head), a.memory_begin[g + 1] - first, g * rows, (g + 1) * rows, memory_column, a.keys + first);
+      add(memory_rows(io, a.memory_k, first, head), memory_rows(io, a.memory_v, first, head), a.memory_begin[g + 1] - first, g * rows, (g + 1) * rows, memory_column, a.keys + first);
     }
     for (int64_t i = 0; a.own_k.data && i < a.queries; ++i) {
       add(head_rows(io, a.own_k, sample, head, i), head_rows(io, a.own_v, sample, head, i), 1, i, i + 1, own_column, a.keys + a.memories());

@@ -169,26 +169,23 @@ class Prefetch {
   Prefetch(const Attention& a, const Storage<T>& io, const Unit* unit) {
     if (!unit) return;
     const Segment s = segment(a, unit->sequence);
-    const auto side = [&](const HeadRows& rows, int64_t count, int64_t columns) -> Side {
-      return {static_cast<const char*>(rows.data), rows.column_stride == 1 ? count : 0, columns * io.bytes, rows.row_stride * io.bytes};
-    };
-    sides_[0] = side(io.head(a.q, s.q_begin + unit->q_begin, unit->kv_head * (a.heads / a.kv_heads)), unit->q_end - unit->q_begin, a.dim);
-    sides_[1] = side(io.head(a.k, s.k_begin, unit->kv_head), s.keys, a.dim);
-    sides_[2] = side(io.head(a.v, s.k_begin, unit->kv_head), s.keys, a.value_dim);
+    const auto side = [&](const HeadRows& rows, int64_t count, int64_t columns) -> Side { return {rows, 0, rows.column_stride == 1 ? count : 0, columns * io.bytes}; };
+    sides_[0] = side(query_rows(a, io, a.q, s, unit->kv_head * (a.heads / a.kv_heads), unit->q_begin), unit->q_end - unit->q_begin, a.dim);
+    sides_[1] = side(rows_of(a, io, a.k, s, s.k_begin, unit->kv_head), s.own, a.dim);
+    sides_[2] = side(rows_of(a, io, a.v, s, s.k_begin, unit->kv_head), s.own, a.value_dim);
   }
   void row() {
     for (Side& side : sides_) {
-      if (side.left == 0) continue;
-      --side.left;
-      for (int64_t b = 0; b < side.size; b += 64) __builtin_prefetch(side.at + b, 0, 2);
-      side.at += side.step;
+      if (side.next == side.count) continue;
+      const char* at = side.rows.template row<char>(side.next++);
+      for (int64_t b = 0; b < side.size; b += 64) __builtin_prefetch(at + b, 0, 2);
     }
   }
 
  private:
   struct Side {
-    const char* at;
-    int64_t left, size, step;
+    HeadRows rows;
+    int64_t next, count, size;
   };
   Side sides_[3] = {};
 };
@@ -202,37 +199,41 @@ class ForwardUnit {
     if (unit.q_begin == unit.q_end) return;
     const Segment s = segment(a_, unit.sequence);
     Buffer<T> keys(products_.keys_size(s.keys)), values(products_.values_size(s.keys));
-    products_.pack(io_.head(a_.k, s.k_begin, unit.kv_head), io_.head(a_.v, s.k_begin, unit.kv_head), s.keys, NormOf<T>(a_, a_.k_norm, unit.kv_head), keys.get(), values.get());
+    products_.pack(key_rows(a_, io_, a_.k, s, unit.kv_head, a_.shared_k, a_.dim), key_rows(a_, io_, a_.v, s, unit.kv_head, a_.shared_v, a_.value_dim), s.keys,
+                   NormOf<T>(a_, a_.k_norm, unit.kv_head), keys.get(), values.get());
+    const Padding<T> padding(a_, s);
     Prefetch<T> prefetch(a_, io_, next);
     const int64_t group = a_.heads / a_.kv_heads, tile = even_tile(unit.q_end - unit.q_begin, kQueryTile);
     for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
-      for (int64_t i = unit.q_begin; i < unit.q_end; i += tile) this->tile(s, head, i, min_of<int64_t>(tile, unit.q_end - i), keys, values, prefetch);
+      for (int64_t i = unit.q_begin; i < unit.q_end; i += tile) this->tile(s, head, i, min_of<int64_t>(tile, unit.q_end - i), keys, values, padding, prefetch);
     }
   }
 
  private:
-  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values, Prefetch<T>& prefetch) {
+  void tile(const Segment& s, int64_t head, int64_t first, int64_t rows, const T* keys, const T* values, const Padding<T>& padding, Prefetch<T>& prefetch) {
     Buffer<T> q(products_.queries_size(rows_)), logits(rows_ * kKeyChunk), weights(products_.weights_size(rows_)), out(rows_ * value_row_);
     Buffer<T> factors(a_.dropout ? rows_ * kKeyChunk : 0), small(3 * rows_);
     const Running<T> running = {small.get(), small + rows_};
     T* scale_by = small + 2 * rows_;
     for (int64_t i = 0; i < rows; ++i) running.largest[i] = -kInfinity<T>, running.sum[i] = 0;
-    const int64_t row = s.q_begin + first;
-    products_.load_queries(io_.head(a_.q, row, head), rows, NormOf<T>(a_, a_.q_norm, head), q.get());
+    products_.load_queries(query_rows(a_, io_, a_.q, s, head, first), rows, NormOf<T>(a_, a_.q_norm, head), q.get());
     const T scale = static_cast<T>(a_.scale);
     for (int64_t j = 0; j < s.keys; j += kKeyChunk) {
       const int64_t count = min_of(kKeyChunk, s.keys - j);
       products_.logits(rows, j, count, q.get(), keys, [&](int64_t i, int64_t c, Vec<T> acc) { store(logits + i * kKeyChunk + c * kLanes<T>, acc * scale); });
       if (a_.bias) {
-        for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, head, first + i, j, count, logits + i * kKeyChunk);
+        for (int64_t i = 0; i < rows; ++i) add_bias<T>(a_, s.index, head, first + i, j, count, logits + i * kKeyChunk);
+      }
+      if (padding) {
+        for (int64_t i = 0; i < rows; ++i) padding.hide(j, count, logits + i * kKeyChunk);
       }
       const auto weigh = [&](const auto& put) {
-        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias != nullptr, running, scale_by, put, [&] {
+        softmax_chunk<T>(logits, kKeyChunk, rows, count, a_.bias || padding, running, scale_by, put, [&] {
           if (j == 0) prefetch.row();
         });
       };
       if (a_.dropout) {
-        dropout_factors<T>(a_, head, row, rows, s.k_begin + j, count, factors, kKeyChunk);
+        dropout_factors<T>(a_, head, s.q_begin + first, rows, first_key(a_, s) + j, count, factors, kKeyChunk);
         weigh([&](int64_t i, int64_t c, Vec<T> p) { products_.put_weights(logits, weights, i, c, p * load(factors + i * kKeyChunk + c)); });
       } else {
         weigh([&](int64_t i, int64_t c, Vec<T> p) { products_.put_weights(logits, weights, i, c, p); });
@@ -245,9 +246,9 @@ class ForwardUnit {
     for (int64_t i = 0; i < rows; ++i) {
       const T sum = running.sum[i], factor = sum == 0 ? T(0) : T(1) / sum;  // NaN stays NaN
       for (int64_t c = 0; c < value_row_; c += kLanes<T>) store(out + i * value_row_ + c, s.keys ? load(out + i * value_row_ + c) * factor : Vec<T>{});
-      static_cast<double*>(a_.lse)[head * a_.total_q + row + i] = static_cast<double>(running.largest[i]) + std::log(static_cast<double>(sum));
+      static_cast<double*>(a_.lse)[lse_at(a_, s, head, first + i)] = static_cast<double>(running.largest[i]) + std::log(static_cast<double>(sum));
     }
-    io_.store_rows(io_.place(a_.out, row, head, a_.heads, a_.value_dim), a_.heads * a_.value_dim, rows, a_.value_dim, out, value_row_);
+    io_.store_rows(query_rows(a_, io_, a_.out, s, head, first), rows, a_.value_dim, out, value_row_);
   }
 
   const Forward& a_;
@@ -259,9 +260,8 @@ class ForwardUnit {
 // Rows beyond the last sequence.
 template <class T>
 void finish_padding(const Forward& a) {
-  const Storage<T>& io = storage_of<T>(a.dtype);
-  const int64_t first = a.cu_q[a.sequences], row = a.heads * a.value_dim;
-  std::memset(io.place(a.out, first, 0, a.heads, a.value_dim), 0, static_cast<size_t>((a.total_q - first) * row * io.bytes));
+  const int64_t first = a.cu_q[a.sequences];
+  clear_rows(a, a.out, first, a.total_q, a.heads, a.value_dim);
   for (int64_t h = 0; h < a.heads; ++h) {
     for (int64_t i = first; i < a.total_q; ++i) static_cast<double*>(a.lse)[h * a.total_q + i] = -kInfinity<double>;
   }

@@ -2,22 +2,16 @@
 #include "packed/op.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/lengths.h"
 #include "common/parallel.h"
 #include "common/stable.h"
-#include "packed/kernels.h"
+#include "packed/entry.h"
 
 namespace vitkernels {
 namespace {
 
 constexpr const char* kOp = "varlen_attention";
-
-const packed::Kernels& kernels() {
-  static const packed::Kernels& table = []() -> const packed::Kernels& { VITKERNELS_SELECT_KERNELS(packed_kernels) }();
-  return table;
-}
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
@@ -54,6 +48,7 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
       k.size(2) == q.size(2) && v.size(0) == k.size(0) && v.size(1) == k.size(1) && k.size(1) > 0 && q.size(1) % k.size(1) == 0 && q.size(2) > 0 && v.size(2) > 0,
       "vitkernels::varlen_attention: q must be [T_q, H, D], k [T_k, H_k, D] and v [T_k, H_k, D_v] with H_k a divisor of H");
   a.dtype = dtype_of(q);
+  a.places = {true, 1, 1, 0};
   a.sequences = cu_q.size(0) - 1;
   STD_TORCH_CHECK(a.sequences >= 0, "vitkernels::varlen_attention: cu_seqlens_q must have at least one element");
   a.total_q = q.size(0), a.total_k = k.size(0), a.heads = q.size(1), a.kv_heads = k.size(1), a.dim = q.size(2), a.value_dim = v.size(2);
@@ -76,7 +71,7 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
         "vitkernels::varlen_attention: bias must be [heads, longest q, longest k] at least");
     p.bias = o.bias->stride(2) == 1 ? o.bias : dense(o.bias);
     a.bias = p.bias->data_ptr();
-    a.bias_head_stride = p.bias->stride(0), a.bias_row_stride = p.bias->stride(1);
+    a.bias_head_stride = p.bias->stride(0), a.bias_row_stride = p.bias->stride(1), a.bias_column_stride = 1;
   }
   STD_TORCH_CHECK(o.qk_norm >= 0 && o.qk_norm <= 3, "vitkernels::varlen_attention: qk_norm must be 0 to 3");
   a.norm = static_cast<packed::Norm>(o.qk_norm);
@@ -85,13 +80,7 @@ void fill(packed::Attention& a, Prepared& p, const Tensor& q, const Tensor& k, c
   p.k_weight = norm_weight(o.k_weight, q, a.kv_heads, a.dim), p.k_bias = norm_weight(o.k_bias, q, a.kv_heads, a.dim);
   a.q_norm = {data_of(p.q_weight), data_of(p.q_bias)}, a.k_norm = {data_of(p.k_weight), data_of(p.k_bias)};
   a.scale = o.scale;
-  a.dropout = o.dropout_p > 0;
-  if (a.dropout) {
-    STD_TORCH_CHECK(o.seed && o.seed->scalar_type() == ScalarType::Long && o.seed->numel() == 1, "vitkernels::varlen_attention: seed must be one int64");
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(o.seed->data_ptr()));
-    a.drop_limit = static_cast<uint32_t>(std::clamp(std::nearbyint(o.dropout_p * 0x1p32), 1.0, 0x1p32) - 1.0);
-    a.keep_factor = o.dropout_p < 1 ? 1 / (1 - o.dropout_p) : 0;
-  }
+  packed::set_dropout(a, o.dropout_p, o.seed, kOp);
   a.schedule = &p.schedule;
 }
 
@@ -108,9 +97,9 @@ std::tuple<Tensor, Tensor> varlen_attention(
   fill(a, p, q, k, v, cu_seqlens_q, cu_seqlens_k,
        {seqused_k, bias, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, qk_norm, norm_eps, scale, dropout_p, seed});
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
-  a.out = out.data_ptr(), a.lse = lse.data_ptr();
+  a.out = rows_of(out), a.lse = lse.data_ptr();
   p.schedule = packed::make_schedule(a.cu_q, a.cu_k, a.used_k, a.sequences, a.kv_heads, num_threads(), true);
-  kernels().forward(a);
+  packed::kernels().forward(a);
   return {out, lse};
 }
 
@@ -154,13 +143,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> varle
   Tensor grad_k_weight = norm_grad(k_norm_weight), grad_k_bias = norm_grad(k_norm_bias);
   a.grad_lse = data_of(dense_grad_lse);
   a.lse = saved_lse.data_ptr();
-  a.grad_q = pointer(grad_q, need_q), a.grad_k = pointer(grad_k, need_k), a.grad_v = pointer(grad_v, need_v);
-  if (need_bias && bias) a.grad_bias = grad_bias.data_ptr(), a.bias_rows = bias->size(1), a.bias_columns = bias->size(2);
+  if (need_q) a.grad_q = rows_of(grad_q);
+  if (need_k) a.grad_k = rows_of(grad_k);
+  if (need_v) a.grad_v = rows_of(grad_v);
+  if (need_bias && bias) {
+    a.grad_bias = grad_bias.data_ptr();
+    a.grad_bias_head_stride = grad_bias.stride(0), a.grad_bias_row_stride = grad_bias.stride(1), a.grad_bias_column_stride = 1;
+    a.grad_bias_sequences = std::max<int64_t>(a.sequences, 1);
+  }
   a.grad_q_weight = pointer(grad_q_weight, need_norm && q_norm_weight), a.grad_q_bias = pointer(grad_q_bias, need_norm && q_norm_bias);
   a.grad_k_weight = pointer(grad_k_weight, need_norm && k_norm_weight), a.grad_k_bias = pointer(grad_k_bias, need_norm && k_norm_bias);
   p.schedule = packed::make_schedule(a.cu_q, a.cu_k, a.used_k, a.sequences, a.kv_heads, num_threads(), false);
-  if (a.grad_bias) p.schedule = packed::by_head(std::move(p.schedule), a.kv_heads);
-  kernels().backward(a);
+  if (a.grad_bias) p.schedule = packed::by_part(std::move(p.schedule), a.grad_bias_sequences, true);
+  packed::kernels().backward(a);
   return {grad_q, grad_k, grad_v, grad_bias, grad_q_weight, grad_q_bias, grad_k_weight, grad_k_bias};
 }
 

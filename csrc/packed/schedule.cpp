@@ -1,6 +1,7 @@
 #include "packed/schedule.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace vitkernels::packed {
 namespace {
@@ -41,7 +42,8 @@ Schedule make_schedule(const int32_t* cu_q, const int32_t* cu_k, const int32_t* 
       for (int32_t h = 0; h < kv_heads; ++h) parts.push_back({{s, h, begin, end}, pairs(s, end - begin)});
     }
   }
-  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
+  const auto dearer = [](const Part& a, const Part& b) { return a.cost > b.cost; };
+  if (!std::is_sorted(parts.begin(), parts.end(), dearer)) std::stable_sort(parts.begin(), parts.end(), dearer);
   Schedule schedule;
   const int64_t batch = std::min(kBatchPairs, total / (threads * 2 * kUnitsPerThread));
   int64_t cost = 0;
@@ -58,12 +60,13 @@ Schedule make_schedule(const int32_t* cu_q, const int32_t* cu_k, const int32_t* 
   return schedule;
 }
 
-Schedule by_head(Schedule schedule, int64_t kv_heads) {
-  std::stable_sort(schedule.units.begin(), schedule.units.end(), [](const Unit& a, const Unit& b) { return a.kv_head < b.kv_head; });
+Schedule by_part(Schedule schedule, int64_t sequences, bool of_heads) {
+  const auto part = [=](const Unit& unit) { return std::make_pair(unit.sequence / sequences, of_heads ? unit.kv_head : 0); };
+  const auto less = [&](const Unit& a, const Unit& b) { return std::make_pair(part(a), a.sequence) < std::make_pair(part(b), b.sequence); };
+  std::stable_sort(schedule.units.begin(), schedule.units.end(), less);
   schedule.batches.assign(1, 0);
-  for (int64_t h = 0, i = 0; h < kv_heads; ++h) {
-    while (i < static_cast<int64_t>(schedule.units.size()) && schedule.units[i].kv_head == h) ++i;
-    if (i > schedule.batches.back()) schedule.batches.push_back(i);
+  for (size_t i = 1; i <= schedule.units.size(); ++i) {
+    if (i == schedule.units.size() || part(schedule.units[i]) != part(schedule.units[i - 1])) schedule.batches.push_back(static_cast<int64_t>(i));
   }
   return schedule;
 }

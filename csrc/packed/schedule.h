@@ -19,7 +19,7 @@ struct Schedule {
 // `split` allows the rows of one sequence to be cut between threads: each part packs the keys for itself, so a part is never shorter than least_rows.
 Schedule make_schedule(const int32_t* cu_q, const int32_t* cu_k, const int32_t* used_k, int64_t sequences, int64_t kv_heads, int64_t threads, bool split);
 
-// The same units, all of one head of keys in one batch: for what the sequences of a head add to together.
-Schedule by_head(Schedule schedule, int64_t kv_heads);
+// The same units, all that add to one part of a bias's gradient in one batch: so many sequences in a row, of one head of keys or, without `of_heads`, of all.
+Schedule by_part(Schedule schedule, int64_t sequences, bool of_heads);
 
 }  // namespace vitkernels::packed

@@ -17,15 +17,56 @@ using namespace packed;
 
 // --- sizes ----------------------------------------------------------------------------------------------------------------------------
 
-// A sequence: its rows of q and of k.
+// A sequence: its rows among those of q and of k, its own keys in use, and how many there are with the shared ones.
 struct Segment {
-  int64_t q_begin, q_end, k_begin, keys;
+  int64_t index, q_begin, q_end, k_begin, own, keys;
 };
 
 inline Segment segment(const Attention& a, int64_t s) {
-  const int64_t k_begin = a.cu_k[s];
-  return {a.cu_q[s], a.cu_q[s + 1], k_begin, a.used_k ? a.used_k[s] : a.cu_k[s + 1] - k_begin};
+  const int64_t k_begin = a.cu_k[s], own = a.used_k ? a.used_k[s] : a.cu_k[s + 1] - k_begin;
+  return {s, a.cu_q[s], a.cu_q[s + 1], k_begin, own, own + a.shared};
 }
+
+// One head's rows of a sequence that begins at row `begin` of all.
+template <class T>
+HeadRows rows_of(const Attention& a, const Storage<T>& io, const Rows& rows, const Segment& s, int64_t begin, int64_t head) {
+  const Places& at = a.places;
+  const int64_t start = at.packed ? begin * rows.row_stride
+                                  : s.index / (at.height * at.width) * rows.image_stride + s.index / at.width % at.height * rows.height_stride +
+                                        s.index % at.width * rows.width_stride;
+  const char* data = static_cast<const char*>(rows.data) + (start + head * rows.head_stride) * io.bytes;
+  return {data, rows.row_stride * io.bytes, rows.column_stride, at.line, rows.line_stride * io.bytes};
+}
+
+template <class T>
+HeadRows query_rows(const Attention& a, const Storage<T>& io, const Rows& rows, const Segment& s, int64_t head, int64_t first) {
+  return rows_of(a, io, rows, s, s.q_begin, head).after(first);
+}
+
+// Of k or v, and the shared ones [shared, kv_heads, columns] behind them.
+template <class T>
+HeadRows key_rows(const Attention& a, const Storage<T>& io, const Rows& rows, const Segment& s, int64_t head, const void* shared, int64_t columns) {
+  HeadRows found = rows_of(a, io, rows, s, s.k_begin, head);
+  if (a.shared) {
+    found.tail = static_cast<const char*>(shared) + head * columns * io.bytes;
+    found.own = s.own, found.tail_bytes = a.kv_heads * columns * io.bytes;
+  }
+  return found;
+}
+
+// Of query `first` of a sequence, in the logsumexp and its gradient.
+inline int64_t lse_at(const Attention& a, const Segment& s, int64_t head, int64_t first) {
+  return a.places.packed ? head * a.total_q + s.q_begin + first : s.q_begin * a.heads + head * (s.q_end - s.q_begin) + first;
+}
+
+// Zeros in the rows of a packed contiguous tensor from `first` on: padding beyond the last sequence.
+inline void clear_rows(const Attention& a, const Rows& rows, int64_t first, int64_t total, int64_t heads, int64_t columns) {
+  const int64_t bytes = a.dtype == Dtype::kFloat64 ? 8 : a.dtype == Dtype::kFloat32 ? 4 : 2;
+  if (rows.data && first < total) std::memset(static_cast<char*>(rows.data) + first * heads * columns * bytes, 0, static_cast<size_t>((total - first) * heads * columns * bytes));
+}
+
+// The sequence's first key in the numbering of dropout.
+inline int64_t first_key(const Attention& a, const Segment& s) { return s.k_begin + s.index * a.shared; }
 
 // Keys of a chunk: up to as many the softmax sees a whole row at once. 128 to 256 are equally fast (a tile of logits is 16 to 32 kB).
 constexpr int64_t kKeyChunk = 256;
@@ -150,12 +191,43 @@ struct NormOf {
 
 // Adds the bias of query i and the keys from j on, counted within the sequence.
 template <class T>
-inline void add_bias(const Attention& a, int64_t head, int64_t i, int64_t j, int64_t keys, T* logits) {
-  const T* bias = static_cast<const T*>(a.bias) + head * a.bias_head_stride + i * a.bias_row_stride + j;
+inline void add_bias(const Attention& a, int64_t sequence, int64_t head, int64_t i, int64_t j, int64_t keys, T* logits) {
+  const T* bias = static_cast<const T*>(a.bias) + sequence * a.bias_sequence_stride + head * a.bias_head_stride + i * a.bias_row_stride;
+  if (a.bias_column_stride == 0) {
+    for (int64_t c = 0; c < keys; ++c) logits[c] += *bias;
+    return;
+  }
+  bias += j;
   int64_t c = 0;
   for (; c + kLanes<T> <= keys; c += kLanes<T>) store(logits + c, load(logits + c) + load(bias + c));
   for (; c < keys; ++c) logits[c] += bias[c];
 }
+
+// Keys of a sequence that are padding, -inf among zeros; nothing where none of those in use is.
+template <class T>
+class Padding {
+ public:
+  Padding(const Attention& a, const Segment& s) : hidden_(found(a, s) ? round_up(s.keys, kLanes<T>) : 0), any_(found(a, s)) {
+    if (!any_) return;
+    const uint8_t* shown = row(a, s);
+    for (int64_t j = 0; j < round_up(s.keys, kLanes<T>); ++j) hidden_.get()[j] = j >= s.own || shown[j] ? T(0) : -std::numeric_limits<T>::infinity();
+  }
+  explicit operator bool() const { return any_; }
+  // Takes them off the logits of the keys from j on, whatever these are.
+  void hide(int64_t j, int64_t keys, T* logits) const {
+    for (int64_t c = 0; c < keys; c += kLanes<T>) {
+      const Vec<T> hidden = load(hidden_.get() + j + c);
+      store(logits + c, hidden < T(0) ? hidden : load(logits + c));
+    }
+  }
+
+ private:
+  static const uint8_t* row(const Attention& a, const Segment& s) { return a.key_padding + s.k_begin; }
+  static bool found(const Attention& a, const Segment& s) { return a.key_padding && std::memchr(row(a, s), 0, static_cast<size_t>(s.own)); }
+
+  Buffer<T> hidden_;
+  const bool any_;
+};
 
 }  // namespace
 }  // namespace VITKERNELS_ISA

@@ -8,7 +8,7 @@
 
 #include "check.h"
 
-using vitkernels::packed::by_head;
+using vitkernels::packed::by_part;
 using vitkernels::packed::make_schedule;
 using vitkernels::packed::Schedule;
 using vitkernels::packed::Unit;
@@ -46,14 +46,19 @@ void covers(const std::vector<int32_t>& queries, const std::vector<int32_t>& key
   CHECK(schedule.batches.front() == 0 && schedule.batches.back() == static_cast<int64_t>(schedule.units.size()), "batches end at %ld", long(schedule.batches.back()));
   for (size_t b = 1; b < schedule.batches.size(); ++b) CHECK(schedule.batches[b - 1] < schedule.batches[b], "batch %zu is empty", b);
 
-  const Schedule heads = by_head(schedule, kv_heads);
-  std::set<int32_t> seen;
-  for (size_t b = 1; b < heads.batches.size(); ++b) {
-    const int32_t head = heads.units[heads.batches[b - 1]].kv_head;
-    CHECK(seen.insert(head).second, "head %d is in two batches", head);
-    for (int64_t i = heads.batches[b - 1]; i < heads.batches[b]; ++i) CHECK(heads.units[i].kv_head == head, "unit %ld is of another head", long(i));
+  for (const int64_t sequences : {1, 3, 1000}) {
+    for (const bool of_heads : {false, true}) {
+      const Schedule parts = by_part(schedule, sequences, of_heads);
+      const auto part = [&](int64_t i) { return std::make_pair(parts.units[i].sequence / sequences, of_heads ? parts.units[i].kv_head : 0); };
+      std::set<std::pair<int64_t, int32_t>> seen;
+      for (size_t b = 1; b < parts.batches.size(); ++b) {
+        const auto first = part(parts.batches[b - 1]);
+        CHECK(seen.insert(first).second, "part %ld of head %d is in two batches", long(first.first), first.second);
+        for (int64_t i = parts.batches[b - 1]; i < parts.batches[b]; ++i) CHECK(part(i) == first, "unit %ld is of another part", long(i));
+      }
+      CHECK(parts.batches.back() == static_cast<int64_t>(parts.units.size()), "%zu units", parts.units.size());
+    }
   }
-  CHECK(heads.batches.back() == static_cast<int64_t>(heads.units.size()), "%zu units", heads.units.size());
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkernels.memory.beside import project_memory, run_beside
+from vitkernels.memory.beside import Rows, project_memory, run_beside
 from vitkernels.memory.layers import frame_of, zoo_name
 
 ADAPTER = "vit_pytorch.learnable_memory_vit.Adapter"
@@ -43,12 +43,13 @@ def run_adapters(adapters: Sequence[nn.Module], img: Tensor) -> list[Tensor]:
     if any(adapter.vit is not vit for adapter in others):
         raise ValueError("run_adapters: adapters are over different ViTs; they must share one vit object")
     layers = frame_of(vit).layers
-    memory = [
-        project_memory(layer, [adapter.memories_per_layer[index] for adapter in others], [False] * len(others)) for index, layer in enumerate(layers)
-    ]
-    tokens = torch.stack([adapter.memory_cls_token for adapter in others])
-    groups = tuple(adapter.memories_per_layer.shape[1] for adapter in others)
+    memories = [adapter.memories_per_layer for adapter in others]
+    rows = Rows(
+        torch.stack([adapter.memory_cls_token for adapter in others]),
+        project_memory(layers, memories, [False] * len(others)),
+        tuple(memory.shape[1] for memory in memories),
+    )
     base_grad = img.requires_grad or any(p.requires_grad for p in vit.parameters())
     # Not the ViT's head: nobody asked for it.
-    _, rows = run_beside(lambda: vit.transformer(vit.img_to_tokens(img)), layers, tokens, memory, groups, base_grad=base_grad)
-    return [adapter.mlp_head(rows[:, i]) for i, adapter in enumerate(others)]
+    _, tokens = run_beside(lambda: vit.transformer(vit.img_to_tokens(img)), layers, [rows], base_grad=base_grad)
+    return [adapter.mlp_head(tokens[:, i]) for i, adapter in enumerate(others)]

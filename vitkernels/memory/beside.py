@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,29 @@ from vitkernels import ops
 from vitkernels.memory.layers import Layer
 
 MemoryKV = tuple[Tensor, Tensor]
-"""A layer's keys and values of all tasks' memory, [M, H, D] each."""
+"""A layer's keys and values of some tasks' memory, [M, H, D] each."""
+
+
+class Rows(NamedTuple):
+    """The class tokens of some tasks, which pass through the layers together.
+
+    Attributes:
+        tokens: [T, C], as they enter the first layer.
+        memory: of each layer, of these tasks.
+        groups: how much of it is each task's.
+    """
+
+    tokens: Tensor
+    memory: Sequence[MemoryKV]
+    groups: tuple[int, ...]
 
 
 class _Pass:
     """What one call of the model knows."""
 
-    def __init__(self, layers: Sequence[Layer], tokens: Tensor, memory: Sequence[MemoryKV], groups: tuple[int, ...]) -> None:
-        self.layers, self.memory, self.groups = layers, memory, groups
-        self.x = tokens[None]  # [1, T, C], from the first layer on [B, T, C]
+    def __init__(self, layers: Sequence[Layer], rows: Sequence[Rows]) -> None:
+        self.layers, self.rows = layers, rows
+        self.x = [r.tokens[None] for r in rows]  # [1, T, C], from the first layer on [B, T, C]
         self.graded = torch.is_grad_enabled()
         self.done = 0
         self._outputs: dict[int, Tensor] = {}
@@ -62,45 +76,41 @@ class _Pass:
             self._busy = True
             try:
                 with torch.set_grad_enabled(self.graded):
-                    self._layer(layer, *layer.keys(outputs), *self.memory[index])
+                    k, v = layer.keys(outputs)
+                    self.x = [self._layer(layer, x, k, v, *r.memory[index], r.groups) for x, r in zip(self.x, self.rows, strict=True)]
             finally:
                 self._busy = False
             self.done += 1
 
         return hook
 
-    def _layer(self, layer: Layer, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor) -> None:
-        x = self.x.expand(k.shape[0], -1, -1)
+    @staticmethod
+    def _layer(layer: Layer, x: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, groups: tuple[int, ...]) -> Tensor:
+        x = x.expand(k.shape[0], -1, -1)
         normed = layer.norm(x)
         q, own_k, own_v = layer.project(normed)
-        out = ops.memory_attention(
-            q, k, v, memory_k, memory_v, own_k=own_k, own_v=own_v, groups=self.groups, scale=layer.scale, dropout_p=layer.dropout()
-        )
+        out = ops.memory_attention(q, k, v, memory_k, memory_v, own_k=own_k, own_v=own_v, groups=groups, scale=layer.scale, dropout_p=layer.dropout())
         assert isinstance(out, Tensor)
-        self.x = layer.finish(x, normed, out.transpose(1, 2).flatten(2))
+        return layer.finish(x, normed, out.transpose(1, 2).flatten(2))
 
 
-def run_beside(
-    call: Callable[[], Any], layers: Sequence[Layer], tokens: Tensor, memory: Sequence[MemoryKV], groups: tuple[int, ...], *, base_grad: bool
-) -> tuple[Any, Tensor]:
+def run_beside(call: Callable[[], Any], layers: Sequence[Layer], rows: Sequence[Rows], *, base_grad: bool) -> tuple[Any, Tensor]:
     """Call the model, and carry class tokens along.
 
     Args:
         call: calls the model.
         layers: of the model.
-        tokens: [T, C], the class tokens as they enter the first layer.
-        memory: of each layer, of all tasks.
-        groups: how much of it is each task's.
+        rows: the class tokens, those together that share products.
         base_grad: whether a gradient may be wanted of what the model itself computes. Without, it runs under ``torch.no_grad``: its tokens do not depend
             on any task, and the backward of the tasks passes through their own rows alone.
 
     Returns:
-        What the model returns, and the class tokens after the last layer, [B, T, C].
+        What the model returns, and all class tokens after the last layer, [B, T, C].
 
     Raises:
         RuntimeError: the model did not run all of its layers, once and in their order.
     """
-    beside = _Pass(layers, tokens, memory, groups)
+    beside = _Pass(layers, rows)
     handles = beside.hooks()
     try:
         with torch.set_grad_enabled(beside.graded and base_grad):
@@ -110,11 +120,16 @@ def run_beside(
             handle.remove()
     if beside.done != len(layers):
         raise RuntimeError(f"memory: vit ran {beside.done} of its {len(layers)} layers in this call; it must run all, once and in their order")
-    return base, beside.x
+    return base, beside.x[0] if len(rows) == 1 else torch.cat(beside.x, dim=1)
 
 
-def project_memory(layer: Layer, memory: Sequence[Tensor], normed: Sequence[bool]) -> MemoryKV:
-    """Keys and values [M, H, D] of the memory of all tasks, [m, C] each, in one projection; of some tasks it passes the layer's norm first."""
-    rows = [layer.norm(m) if norm else m for m, norm in zip(memory, normed, strict=True)]
-    _, k, v = layer.project(torch.cat(rows)[None])
-    return k[0].transpose(0, 1), v[0].transpose(0, 1)
+def project_memory(layers: Sequence[Layer], memory: Sequence[Tensor], normed: Sequence[bool]) -> list[MemoryKV]:
+    """Layer by layer, keys and values [M, H, D] of the memory of some tasks, [L, m, C] each, in one projection. Of some tasks it passes the layer's norm
+    first.
+    """
+    found = []
+    for index, layer in enumerate(layers):
+        rows = [layer.norm(m[index]) if norm else m[index] for m, norm in zip(memory, normed, strict=True)]
+        _, k, v = layer.project(torch.cat(rows)[None])
+        found.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
+    return found

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkernels.memory.beside import MemoryKV, project_memory, run_beside
+from vitkernels.memory.beside import Rows, project_memory, run_beside
 from vitkernels.memory.layers import Frame, frame_of
 from vitkernels.nn import _derived
 from vitkernels.ops import _define
@@ -76,6 +76,8 @@ class MemoryViT(nn.Module):
             ``learnable_memory_vit.ViT``; also after :func:`vitkernels.accelerate`. Others, and other layers inside, are refused.
         freeze: take its parameters out of training and keep it in evaluation mode, whatever mode this module is in. Otherwise gradients reach it, and
             training it changes what the tasks were trained on.
+        apart: let no two tasks share a matrix product. How a product rounds may depend on how many rows it has: with this, a task's logits, too, are
+            the same to the bit whatever other tasks there are. It costs about what as many models of one token would.
 
     Attributes:
         vit: the ViT.
@@ -87,12 +89,12 @@ class MemoryViT(nn.Module):
     Paper: Fine-tuning Image Transformers using Learnable Memory, arXiv 2203.15243.
     """
 
-    def __init__(self, vit: nn.Module, *, freeze: bool = True) -> None:
+    def __init__(self, vit: nn.Module, *, freeze: bool = True, apart: bool = False) -> None:
         super().__init__()
         frame = frame_of(vit)
         self.vit = vit
         self.tasks: nn.ModuleDict = nn.ModuleDict()
-        self.frozen = freeze
+        self.frozen, self.apart = freeze, apart
         self._layers, self._dim = len(frame.layers), frame.width
         if freeze:
             vit.requires_grad_(False)
@@ -197,28 +199,26 @@ class MemoryViT(nn.Module):
         if not self.tasks:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)):
                 return MemoryOutput(self.vit(*args, **kwargs), {})
-        tasks: list[Any] = list(self.tasks.values())
         kept = _KEPT.entry(self)
-        groups = tuple(task.memory.shape[1] for task in tasks)
-        tokens = torch.stack([task.class_token for task in tasks])
-        base, rows = run_beside(
-            lambda: self.vit(*args, **kwargs), kept.plan.layers, tokens, self._memory(kept), groups, base_grad=self._base_grad(args, kwargs)
-        )
-        return MemoryOutput(base, {name: task(rows[:, t]) for t, (name, task) in enumerate(zip(self.tasks, tasks, strict=True))})
+        rows = self._rows(kept)
+        base, tokens = run_beside(lambda: self.vit(*args, **kwargs), kept.plan.layers, rows, base_grad=self._base_grad(args, kwargs))
+        return MemoryOutput(base, {name: task(tokens[:, t]) for t, (name, task) in enumerate(self.tasks.items())})
 
     def _base_grad(self, args: Any, kwargs: Any) -> bool:
         """Whether somebody may want a gradient of what the ViT computes."""
         given = (*args, *kwargs.values())
         return any(p.requires_grad for p in self.vit.parameters()) or any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
-    def _memory(self, kept: Any) -> list[MemoryKV]:
-        """Keys and values of all memory, layer by layer."""
+    def _rows(self, kept: Any) -> list[Rows]:
+        """The tasks that pass through the layers together, with the keys and values of their memory."""
         tasks: list[Any] = list(self.tasks.values())
-        normed = [task.norm_memory for task in tasks]
 
-        def make() -> list[MemoryKV]:
-            layers = enumerate(kept.plan.layers)
-            return [project_memory(layer, [task.memory[index] for task in tasks], normed) for index, layer in layers]
+        def of(some: list[Any]) -> Rows:
+            memory = project_memory(kept.plan.layers, [task.memory for task in some], [task.norm_memory for task in some])
+            return Rows(torch.stack([task.class_token for task in some]), memory, tuple(task.memory.shape[1] for task in some))
+
+        def make() -> list[Rows]:
+            return [of([task]) for task in tasks] if self.apart else [of(tasks)]
 
         if self.training or torch.is_grad_enabled():
             return make()
@@ -227,8 +227,8 @@ class MemoryViT(nn.Module):
 
 def _settings(model: MemoryViT) -> Any:
     tasks: Any = model.tasks.items()
-    return [(name, task.norm_memory) for name, task in tasks]
+    return model.apart, [(name, task.norm_memory) for name, task in tasks]
 
 
-_KEPT: _derived.Derived[Frame, list[MemoryKV]] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
+_KEPT: _derived.Derived[Frame, list[Rows]] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
 

@@ -14,7 +14,7 @@ from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.dense import reference
 
-backends.declare("attention", backends.Support(native=(), triton=()))
+backends.declare("attention", backends.Support(triton=()))
 
 
 def attention(
@@ -34,7 +34,7 @@ def attention(
         q: [B, H, N, D], any strides: a slice of a projection's [B, N, 3, H, D] is read where it lies.
         k: [B, H_k, M, D]; H_k divides H (grouped heads: head h reads the keys of head h H_k / H).
         v: [B, H_k, M, D_v].
-        bias: added to the logits; any shape that broadcasts to [B, H, N, M], and floating dtype. -inf hides a key. Differentiable in the shape it has:
+        bias: added to the logits; any shape that broadcasts to [B, H, N, M], any floating dtype. -inf hides a key. Differentiable in the shape it has:
             a bias that all images share is never expanded, nor is its gradient. Or bool, where True means that the key takes part, as in SDPA.
         key_padding: bool [B, M]: True where a key takes part, False where it is padding (the complement of ``nn.MultiheadAttention``'s
             ``key_padding_mask``; transformers' ``attention_mask.bool()``).

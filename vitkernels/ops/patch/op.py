@@ -14,7 +14,7 @@ from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.patch import reference
 
-backends.declare("patch_attention", backends.Support(native=(), triton=()))
+backends.declare("patch_attention", backends.Support(triton=()))
 
 
 def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] = (2, 2), num_heads: int, scale: float | None = None) -> Tensor:

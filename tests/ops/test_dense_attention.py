@@ -1,0 +1,84 @@
+"""Attention of a batch beyond its contract: keys that all images share, padding that is never computed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitkernels
+from vitkernels import accuracy, backends, ops
+from vitkernels.ops.dense.op import run
+
+BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif((why := backends.why_not("attention", name, torch.device("cpu"), torch.float32)) is not None, reason=why or "")
+    )
+    for name in ("native", "triton")
+]
+
+
+def _results(backend: str, tensors: dict[str, Tensor], **kwargs: object) -> dict[str, Tensor]:
+    """Output, logsumexp and every gradient of a call with shared keys."""
+    leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    torch.manual_seed(5)
+    with vitkernels.backend(backend):
+        out, lse = run("attention", leaves["q"], leaves["k"], leaves["v"], **{n: t for n, t in leaves.items() if n not in "qkv"}, **kwargs)
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    seen = lse != -torch.inf
+    grads = torch.autograd.grad((out.double().square().sum() + lse[seen].sum(),), list(wanted.values()))
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
+def test_shared_keys(backend: str, dtype: torch.dtype) -> None:
+    """They stand behind every image's own, in the output, every gradient, the bias, the padding and dropout."""
+    if backends.why_not("attention", backend, torch.device("cpu"), dtype):
+        pytest.skip("not a dtype of this backend")
+    sizes = ((2, 4, 2, 9, 9, 5, 16, 24), (3, 2, 2, 1, 50, 17, 8, 8), (2, 2, 1, 20, 0, 3, 20, 20), (1, 1, 1, 7, 300, 1, 16, 16))
+    for index, (batch, heads, kv_heads, tokens, keys, shared, dim, value_dim) in enumerate(sizes):
+        generator = torch.Generator().manual_seed(index)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        tensors = {
+            "q": draw(batch, heads, tokens, dim),
+            "k": draw(batch, kv_heads, keys, dim),
+            "v": draw(batch, kv_heads, keys, value_dim),
+            # Not contiguous: heads first in memory.
+            "shared_k": draw(kv_heads, shared, dim).transpose(0, 1),
+            "shared_v": draw(kv_heads, shared, value_dim).transpose(0, 1),
+        }
+        for with_bias, dropout_p in itertools.product((False, True), (0.0, 0.4)):
+            given = {name: t.to(dtype) for name, t in tensors.items()}
+            if with_bias:
+                given["bias"] = draw(heads, tokens, keys + shared).to(dtype)
+                given["key_padding"] = torch.rand(batch, keys, generator=generator) < 0.7
+            exact = _results("reference", {n: t.double() if t.is_floating_point() else t for n, t in given.items()}, dropout_p=dropout_p)
+            eager, ours = (_results(name, given, dropout_p=dropout_p) for name in ("reference", backend))
+            for name, truth in exact.items():
+                assert ours[name].shape == truth.shape
+                if dtype is torch.float64:
+                    torch.testing.assert_close(ours[name], truth, rtol=1e-10, atol=1e-10)
+                else:
+                    found = accuracy.compare_tensors(name, ours[name], eager[name], truth)
+                    assert found.holds, f"{sizes[index]}, bias {with_bias}, dropout {dropout_p}: {found}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_behind_the_last_key_is_the_shorter_call(backend: str) -> None:
+    """To the bit, whatever lies there."""
+    q, k, v = torch.randn(2, 3, 33, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    k[:, :, 25:] = v[:, :, 25:] = torch.nan
+    shown = (torch.arange(40) < 25).expand(2, -1)
+    with vitkernels.backend(backend):
+        padded = ops.attention(q, k, v, key_padding=shown)
+        short = ops.attention(q, k[:, :, :25], v[:, :, :25])
+    if backend == "native":
+        torch.testing.assert_close(padded, short, rtol=0, atol=0)
+    else:
+        assert not torch.isnan(ops.attention(q, k.nan_to_num(), v.nan_to_num(), key_padding=shown)).any()
