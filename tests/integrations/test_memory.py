@@ -46,7 +46,7 @@ def adapter(memories: int = 6, vit: nn.Module | None = None, **options: Any) -> 
 
 
 @pytest.mark.parametrize(("measure", "training"), [(zoo.inference, False), (zoo.results, False), (zoo.results, True)], ids=["infer", "eval", "train"])
-@pytest.mark.parametrize("memories", [0, 1, 6])
+@pytest.mark.parametrize("memories", [1, 6])
 def test_adapter(memories: int, measure: zoo.Measure, training: bool, images: Tensor) -> None:
     original, accelerated, handle = pair(adapter(memories), images)
     assert [(r.path, r.op) for r in handle.replaced] == [
@@ -55,6 +55,7 @@ def test_adapter(memories: int, measure: zoo.Measure, training: bool, images: Te
     ]
     assert not handle.skipped
     zoo.assert_same(original, accelerated, images, training=training, measure=measure)
+    accelerated(images)
     assert not handle.fallbacks
     handle.remove()
     assert [type(m) for m in accelerated.modules()] == [type(m) for m in original.modules()]
@@ -64,12 +65,14 @@ def test_adapter(memories: int, measure: zoo.Measure, training: bool, images: Te
 def test_adapter_in_other_dtypes(dtype: torch.dtype, images: Tensor) -> None:
     original, accelerated, handle = pair(adapter(), images)
     zoo.assert_same(original.to(dtype), accelerated.to(dtype), images.to(dtype), training=False)
+    accelerated(images.to(dtype))
     assert not handle.fallbacks
 
 
 def test_an_unfrozen_vit_is_trained(images: Tensor) -> None:
     original, accelerated, handle = pair(adapter().requires_grad_(True), images)
     zoo.assert_same(original, accelerated, images, training=True)
+    accelerated(images)
     assert accelerated.vit.transformer.layers[0][1].net[1].weight.requires_grad and not handle.fallbacks
 
 
@@ -108,6 +111,7 @@ def test_another_mask_runs_the_original(images: Tensor) -> None:
     for changed in (original, accelerated):
         changed.attn_mask[3, 0] = True
     zoo.assert_same(original, accelerated, images, training=False)
+    accelerated(images)
     assert handle.fallbacks[""] == "its attn_mask is not the one it was made with"
 
 
@@ -116,6 +120,7 @@ def test_a_hook_inside_the_vit_runs_the_original(images: Tensor) -> None:
     seen: list[int] = []
     accelerated.vit.transformer.layers[1][1].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     zoo.assert_same(original, accelerated, images, training=False, measure=zoo.inference)
+    accelerated(images)
     assert set(seen) == {1 + 1 + 16}, "the hook did not see the original's tokens"
     assert "hook" in handle.fallbacks[""]
 
@@ -128,7 +133,7 @@ def test_other_layers_are_left_alone(images: Tensor) -> None:
 
     model.vit.transformer.layers[0][1].__class__ = Special
     handle = vitkernels.accelerate(model)
-    assert "a layer of vit is a" in reasons(handle)[""] and "Special" in reasons(handle)[""]
+    assert reasons(handle)[""].startswith("a layer of vit is a") and "Special" in reasons(handle)[""]
 
 
 # --- several over one ViT ----------------------------------------------------------------------------------------------------------
@@ -193,4 +198,5 @@ def test_attention(way: str, training: bool) -> None:
     original, accelerated, handle = pair(model, torch.randn(2, 9, 48))
     assert [r.path for r in handle.replaced] == ["attention"]
     zoo.assert_same(original, accelerated, torch.randn(2, 9, 48), training=training)
+    accelerated(torch.randn(2, 9, 48))
     assert bool(handle.fallbacks) == ("blind" in way)

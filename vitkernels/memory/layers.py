@@ -128,9 +128,8 @@ class TransformersLayer(Layer):
 class VitPytorchLayer(Layer):
     """A pair of ``Attention`` and ``FeedForward`` of ``vit_pytorch.vit`` or ``vit_pytorch.learnable_memory_vit``; attention norms by itself."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, package: str) -> None:
         self.attn, self.feed_forward = module
-        package = zoo_name(self.feed_forward).rpartition(".")[0]
         _expect(self.attn, f"{package}.Attention")
         _expect(self.feed_forward, f"{package}.FeedForward")
         self.last, self.scale = self.feed_forward, self.attn.scale
@@ -203,7 +202,8 @@ def _vit_pytorch(vit: Any) -> Frame:
     token = vit.cls_token
     if token is not None:
         token = token.flatten(0, -2)[0] + vit.pos_embedding.flatten(0, -2)[0]
-    layers = _layers(vit.transformer.layers, "torch.nn.modules.container.ModuleList", VitPytorchLayer)
+    package = zoo_name(vit).rpartition(".")[0]
+    layers = tuple(VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
     last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
     return Frame(layers, vit.pos_embedding.shape[-1], token, last)
 
