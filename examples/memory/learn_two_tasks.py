@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from vit_pytorch.vit import ViT
+from transformers import ViTConfig, ViTForImageClassification
 
 from vitkernels.memory import MemoryViT
 
@@ -40,9 +41,8 @@ class Digits:
         return (logits.argmax(1) == self.labels[self.test]).float().mean().item()
 
 
-def fit(module: nn.Module, logits_of: object, digits: Digits, epochs: int, lr: float) -> None:
+def fit(module: nn.Module, logits_of: Callable[[Tensor], Tensor], digits: Digits, epochs: int, lr: float) -> None:
     """Train what is not frozen."""
-    assert callable(logits_of)
     optimizer = torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=lr, weight_decay=0.01)
     module.train()
     for _ in range(epochs):
@@ -57,8 +57,10 @@ def fit(module: nn.Module, logits_of: object, digits: Digits, epochs: int, lr: f
 def main() -> None:
     """Train, save, put together, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12, help="of the ViT, and of each task")
-    parser.add_argument("--memories", type=int, default=4, help="tokens of memory a layer")
+    parser.add_argument("--epochs", type=int, default=20, help="of the ViT")
+    parser.add_argument("--task-epochs", type=int, default=30, help="of each task")
+    parser.add_argument("--memories", type=int, default=8, help="tokens of memory a layer")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the tasks")
     parser.add_argument("--files", type=Path, default=None, help="folder for the two tasks; default: one that is removed again")
     arguments = parser.parse_args()
 
@@ -69,10 +71,11 @@ def main() -> None:
     digit = torch.from_numpy(digits.target).long()
     low, high, parity = Digits(images, digit, digit < 5), Digits(images, digit - 5, digit >= 5), Digits(images, digit % 2, digit >= 0)
 
-    vit = ViT(image_size=SIZE, patch_size=4, num_classes=5, dim=64, depth=4, heads=4, dim_head=16, mlp_dim=128, channels=1)
-    fit(vit, vit, low, arguments.epochs, 1e-3)
+    small = {"image_size": SIZE, "patch_size": 4, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vit = ViTForImageClassification(ViTConfig(**small, intermediate_size=128, num_labels=5))
+    fit(vit, lambda x: vit(x).logits, low, arguments.epochs, 1e-3)
     with torch.no_grad():
-        before = vit(images)
+        before = vit(images).logits
     print(f"the ViT on 0 to 4: {low.accuracy(before[low.test]):.1%}")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +85,7 @@ def main() -> None:
         for name, data, classes in (("high", high, 5), ("parity", parity, 2)):
             model = MemoryViT(vit, apart=True)
             model.add_task(name, classes, arguments.memories)
-            fit(model, lambda x, model=model, name=name: model(x).tasks[name], data, arguments.epochs, 5e-3)
+            fit(model, lambda x, model=model, name=name: model(x).tasks[name], data, arguments.task_epochs, arguments.lr)
             model.save_task(name, files / f"{name}.pt")
             with torch.no_grad():
                 alone[name] = model(images).tasks[name]
@@ -95,7 +98,7 @@ def main() -> None:
         with torch.no_grad():
             base, tasks = together(images)
     print(f"beside the other: high {high.accuracy(tasks['high'][high.test]):.1%}, parity {parity.accuracy(tasks['parity'][parity.test]):.1%}")
-    print(f"the ViT's logits are the same to the bit: {torch.equal(base, before)}")
+    print(f"the ViT's logits are the same to the bit: {torch.equal(base.logits, before)}")
     print(f"each task's logits are the same to the bit: {all(torch.equal(tasks[name], alone[name]) for name in alone)}")
 
 

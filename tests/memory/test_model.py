@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,3 +355,24 @@ def test_a_layer_that_does_not_run_is_noticed(images: Tensor) -> None:
     with pytest.raises(RuntimeError, match="ran 2 of its 3 layers"):
         model.vit.forward = lambda x: model.vit.blocks[:2](model.vit.patch_embed(x))
         model(images)
+
+
+# --- the example -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_learns_two_tasks_and_loses_none(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    script = root / "examples" / "memory" / "learn_two_tasks.py"
+    if not script.is_file():
+        pytest.skip("the examples are not part of this copy")
+    options = ["--epochs", "6", "--task-epochs", "8", "--memories", "4", "--files", str(tmp_path)]
+    # By way of conftest, which lets a torchvision for GPUs be imported.
+    run = f"import tests.conftest, runpy, sys; sys.argv = {[str(script), *options]!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, env=environment, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(value) for value in re.findall(r"([\d.]+)%", done.stdout)]
+    assert len(accuracies) == 5 and accuracies[1:3] == accuracies[3:], done.stdout
+    assert accuracies[1] > 35 and accuracies[2] > 60, f"no better than guessing: {done.stdout}"
+    assert done.stdout.count("the same to the bit: True") == 2, done.stdout
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["high.pt", "parity.pt"]
