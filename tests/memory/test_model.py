@@ -90,7 +90,7 @@ def _layers(vit: Any) -> list[Any]:
 
 
 def by_the_paper(vit: nn.Module, task: MemoryTask, images: Tensor) -> Tensor:
-    """z_l = [class token; tokens; memory_l], y_l = layer(z_l) under the mask, of which the memory is dropped: of timm and transformers by their own layers."""
+    """z_l = [class token; tokens; memory_l], y_l = layer(z_l) under the mask, whose memory is dropped; by timm's and transformers' own layers."""
     layers = _layers(vit)
     seen: list[Tensor] = []
     handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -101,7 +101,7 @@ def by_the_paper(vit: nn.Module, task: MemoryTask, images: Tensor) -> Tensor:
     memories = task.memory.shape[1]
     total = x.shape[1] + memories
     mask = torch.ones(total, total, dtype=torch.bool)
-    mask[1:-memories or None, 0] = False  # the model's tokens do not see the task's class token ...
+    mask[1 : -memories or None, 0] = False  # the model's tokens do not see the task's class token ...
     mask[1 : total - memories, total - memories :] = False  # ... nor its memory
     for index, layer in enumerate(layers):
         z = torch.cat([x, task.memory[index].expand(len(images), -1, -1)], dim=1)

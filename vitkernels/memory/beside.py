@@ -1,7 +1,7 @@
 """The pass: class tokens of tasks carried through a ViT's layers beside its own tokens, which do not know of them.
 
-The model is called as its user calls it. While it runs, hooks take the keys and values of its tokens as they pass by, and after each layer's attention the
-class tokens make the same layer, as rows [B, T, C] of their own: T queries against the model's keys, their own, and their task's memory.
+The model is called as its user calls it. While it runs, hooks take the keys and values of its tokens as they pass by, and behind each layer the class
+tokens go through the same layer, as rows [B, T, C] of their own: T queries against the model's keys, their own, and their task's memory.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Pass:
                 return
             layer = self.layers[index]
             if len(self._outputs) != len(layer.sources):
-                raise RuntimeError(f"memory: layer {index} of vit ran without calling its projections of keys and values; they must be called as modules")
+                raise RuntimeError(f"memory: layer {index} of vit did not call its projections of keys and values; it must call them as modules")
             outputs = tuple(self._outputs[slot] for slot in range(len(layer.sources)))
             self._outputs = {}
             self._busy = True
@@ -101,8 +101,8 @@ def run_beside(call: Callable[[], Any], layers: Sequence[Layer], rows: Sequence[
         call: calls the model.
         layers: of the model.
         rows: the class tokens, those together that share products.
-        base_grad: whether a gradient may be wanted of what the model itself computes. Without, it runs under ``torch.no_grad``: its tokens do not depend
-            on any task, and the backward of the tasks passes through their own rows alone.
+        base_grad: whether a gradient may be wanted of what the model itself computes. Without, it runs under ``torch.no_grad``: its tokens do not
+            depend on any task, and the backward of the tasks passes through their own rows alone.
 
     Returns:
         What the model returns, and all class tokens after the last layer, [B, T, C].
@@ -124,8 +124,8 @@ def run_beside(call: Callable[[], Any], layers: Sequence[Layer], rows: Sequence[
 
 
 def project_memory(layers: Sequence[Layer], memory: Sequence[Tensor], normed: Sequence[bool]) -> list[MemoryKV]:
-    """Layer by layer, keys and values [M, H, D] of the memory of some tasks, [L, m, C] each, in one projection. Of some tasks it passes the layer's norm
-    first.
+    """Layer by layer, keys and values [M, H, D] of the memory of some tasks, [L, m, C] each, in one projection. Of those in ``normed`` it passes the
+    layer's norm first.
     """
     found = []
     for index, layer in enumerate(layers):

@@ -1,5 +1,5 @@
-"""The pre-norm layers of the three zoos' ViTs, seen from beside them: where the keys and values of the model's own tokens pass by, and what a layer does
-to a token that is not among them.
+"""The pre-norm layers of the three zoos' ViTs, seen from beside them: where the keys and values of the model's own tokens pass by, and what a layer
+does to a token that is not among them.
 
 Classes are recognised by their exact names: no zoo is imported here.
 """
@@ -54,7 +54,7 @@ class Layer:
         raise NotImplementedError
 
 
-class TimmLayer(Layer):
+class _TimmLayer(Layer):
     """``timm.models.vision_transformer.Block``."""
 
     attention: ClassVar[str] = "timm.layers.attention.Attention"
@@ -92,7 +92,7 @@ class TimmLayer(Layer):
         return self.attn.attn_drop.p if self.attn.training else 0.0
 
 
-class TransformersLayer(Layer):
+class _TransformersLayer(Layer):
     """``transformers.models.vit.modeling_vit.ViTLayer``."""
 
     attention: ClassVar[str] = "transformers.models.vit.modeling_vit.ViTAttention"
@@ -125,7 +125,7 @@ class TransformersLayer(Layer):
         return self.attn.attention_dropout if self.attn.training else 0.0
 
 
-class VitPytorchLayer(Layer):
+class _VitPytorchLayer(Layer):
     """A pair of ``Attention`` and ``FeedForward`` of ``vit_pytorch.vit`` or ``vit_pytorch.learnable_memory_vit``; attention norms by itself."""
 
     def __init__(self, module: Any, package: str) -> None:
@@ -186,7 +186,7 @@ def _timm(vit: Any) -> Frame:
         if vit.pos_embed is not None and not vit.no_embed_class:
             token = token + vit.pos_embed[0, 0]
         token = vit.norm_pre(token)
-    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", TimmLayer), vit.embed_dim, token, vit.norm)
+    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", _TimmLayer), vit.embed_dim, token, vit.norm)
 
 
 def _transformers(vit: Any) -> Frame:
@@ -194,7 +194,7 @@ def _transformers(vit: Any) -> Frame:
     token = vit.embeddings.cls_token[0, 0]
     if vit.embeddings.position_embeddings is not None:
         token = token + vit.embeddings.position_embeddings[0, 0]
-    layers = _layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", TransformersLayer)
+    layers = _layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", _TransformersLayer)
     return Frame(layers, vit.config.hidden_size, token, vit.layernorm)
 
 
@@ -203,7 +203,7 @@ def _vit_pytorch(vit: Any) -> Frame:
     if token is not None:
         token = token.flatten(0, -2)[0] + vit.pos_embedding.flatten(0, -2)[0]
     package = zoo_name(vit).rpartition(".")[0]
-    layers = tuple(VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
+    layers = tuple(_VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
     last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
     return Frame(layers, vit.pos_embedding.shape[-1], token, last)
 

@@ -83,8 +83,8 @@ class MemoryViT(nn.Module):
         vit: the ViT.
         tasks: :class:`MemoryTask` by name.
 
-    While evaluating without gradients, each layer's keys and values of all memory are kept until a weight changes. Hooks wait on the ViT's layers during
-    a call, so ``torch.compile`` of the ViT must not hide them: compile nothing, or accelerate it.
+    While evaluating without gradients, each layer's keys and values of all memory are kept until a weight changes. Hooks wait on the ViT's layers
+    during a call: a ViT inside ``torch.compile`` is not supported, and hooks of your own on what is inside a layer see the tasks' rows, too.
 
     Paper: Fine-tuning Image Transformers using Learnable Memory, arXiv 2203.15243.
     """
@@ -162,7 +162,14 @@ class MemoryViT(nn.Module):
             raise ValueError(f"MemoryViT: name is {name!r}; it must be one of the tasks, {', '.join(map(repr, self.tasks))}")
         task: Any = self.tasks[name]
         state = {key: value.detach().cpu() for key, value in task.state_dict().items()}
-        content = {"format": _FORMAT, "name": name, "norm_memory": task.norm_memory, "norm_eps": task.norm.eps, "vit": self._fingerprint(), "state": state}
+        content = {
+            "format": _FORMAT,
+            "name": name,
+            "norm_memory": task.norm_memory,
+            "norm_eps": task.norm.eps,
+            "vit": self._fingerprint(),
+            "state": state,
+        }
         torch.save(content, path)
 
     def load_task(self, path: str | os.PathLike[str], name: str | None = None, *, check_vit: bool = True) -> MemoryTask:
@@ -231,4 +238,3 @@ def _settings(model: MemoryViT) -> Any:
 
 
 _KEPT: _derived.Derived[Frame, list[Rows]] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
-

@@ -54,8 +54,8 @@ def memory_attention(
             the weight, the same on every backend, and stored nowhere.
         return_lse: also return the logsumexp of each query's logits.
 
-    All tensors share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; autocast casts them. Logits, softmax and sums are
-    in float32 (float64 for float64).
+    All tensors share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; autocast casts them. Logits, softmax and sums
+    are in float32 (float64 for float64).
 
     Returns:
         [B, H, N, D_v], a view of a contiguous [B, N, H, D_v], so that the heads are joined without a copy; with ``return_lse`` also [B, H, N] in
@@ -74,10 +74,10 @@ def memory_attention(
     if (own_k is None) != (own_v is None):
         given, missing = ("own_k", "own_v") if own_v is None else ("own_v", "own_k")
         raise ValueError(f"{op}: {given} is given and {missing} is None; it must be both or neither")
-    named = {"q": q, "k": k, "v": v, "memory_k": memory_k, "memory_v": memory_v, "own_k": own_k, "own_v": own_v}
+    named = {"q": q, "k": k, "v": v, "memory_k": memory_k, "memory_v": memory_v}
+    if own_k is not None and own_v is not None:
+        named |= {"own_k": own_k, "own_v": own_v}
     for name, tensor in named.items():
-        if name.startswith("own_") and tensor is None:
-            continue
         _check.is_tensor(op, name, tensor, _SYMBOLS[name])
         _check.strided(op, name, tensor)
         _check.floating(op, name, tensor)
@@ -86,7 +86,8 @@ def memory_attention(
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be {dims}-dimensional, {_SYMBOLS[name]}")
     if (dtype := _define.autocast_dtype(q.device.type)) is not None:
         named = {name: _define.cast(tensor, dtype) for name, tensor in named.items()}
-        q, k, v, memory_k, memory_v, own_k, own_v = named.values()
+        q, k, v, memory_k, memory_v = (named[name] for name in ("q", "k", "v", "memory_k", "memory_v"))
+        own_k, own_v = named.get("own_k"), named.get("own_v")
     batch, heads, queries, width = q.shape
     keys, value_width, memories = k.shape[2], v.shape[3], memory_k.shape[0]
     shapes = {
@@ -97,12 +98,11 @@ def memory_attention(
         "own_k": (batch, heads, queries, width),
         "own_v": (batch, heads, queries, value_width),
     }
-    for name, shape in shapes.items():
-        tensor = named[name]
-        if tensor is not None:
-            if tensor.dtype is not q.dtype or tensor.device != q.device:
-                _check.same_kind(op, name, tensor, "q", q)
-            _check.has_shape(op, name, tensor, shape, _SYMBOLS[name])
+    for name, tensor in named.items():
+        if tensor.dtype is not q.dtype or tensor.device != q.device:
+            _check.same_kind(op, name, tensor, "q", q)
+        if name != "q":
+            _check.has_shape(op, name, tensor, shapes[name], _SYMBOLS[name])
     if not (heads and width and value_width):
         raise ValueError(f"{op}: q has shape {_check.shape_of(q)} and v {_check.shape_of(v)}; H, D and D_v must be at least 1")
     lengths = () if groups is None else _checked_groups(op, groups, memories, queries)
@@ -113,9 +113,7 @@ def memory_attention(
 
     chosen = backends.select(op, q)
     if chosen == "reference":
-        out, lse = reference.memory_attention(
-            q, k, v, memory_k, memory_v, own_k, own_v, groups=lengths, scale=scale, dropout_p=dropout_p, seed=seed
-        )
+        out, lse = reference.memory_attention(q, k, v, memory_k, memory_v, own_k, own_v, groups=lengths, scale=scale, dropout_p=dropout_p, seed=seed)
     else:
         out, lse = _define.call(
             torch.ops.vitkernels.memory_attention.default,
@@ -162,9 +160,7 @@ _DIFFERENTIABLE = 7  # q, k, v, memory_k, memory_v, own_k, own_v
 
 def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     inputs, lse, needed = rest[:_DIFFERENTIABLE], rest[_DIFFERENTIABLE], rest[-_DIFFERENTIABLE:]
-    return tuple(
-        x.new_empty(x.shape) if wanted and x is not None else lse.new_empty((0,)) for x, wanted in zip(inputs, needed, strict=True)
-    )
+    return tuple(x.new_empty(x.shape) if wanted and x is not None else lse.new_empty((0,)) for x, wanted in zip(inputs, needed, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -29,8 +29,8 @@ def memory_attention(
     keep = None
     if dropout_p > 0 and seed is not None:
         # The last column of random numbers serves all own keys: each query sees one of them.
-        rows, columns = (torch.arange(count, device=q.device) for count in (batch * queries, keys + memory_k.shape[0] + 1))
-        keep = keep_mask(seed, heads, rows, columns, dropout_p).unflatten(1, (batch, queries)).transpose(0, 1)  # [B, H, N, K + M + 1]
+        every, columns = (torch.arange(count, device=q.device) for count in (batch * queries, keys + memory_k.shape[0] + 1))
+        keep = keep_mask(seed, heads, every, columns, dropout_p).unflatten(1, (batch, queries)).transpose(0, 1)  # [B, H, N, K + M + 1]
     outs, lses = [], []
     first = 0
     for g, length in enumerate(groups or memory_k.shape[:1]):

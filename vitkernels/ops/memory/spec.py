@@ -104,7 +104,7 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
 def _bad_inputs() -> Iterator[BadInput]:
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 5)
     memory_k, memory_v = torch.randn(9, 4, 8), torch.randn(9, 4, 5)
-    own_k, own_v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 5)
+    own_k = torch.randn(2, 4, 6, 8)
 
     def bad(name: str, exception: type[Exception], words: tuple[str, ...], **changed: Any) -> BadInput:
         args = {"q": q, "k": k, "v": v, "memory_k": memory_k, "memory_v": memory_v} | changed
@@ -118,7 +118,9 @@ def _bad_inputs() -> Iterator[BadInput]:
     yield bad("k of another head_dim", ValueError, ("k has shape [2, 4, 7, 7]", "[2, 4, 7, 8]"), k=k[..., :7])
     yield bad("v of other tokens", ValueError, ("v has shape [2, 4, 6, 5]", "[2, 4, 7, 5]"), v=v[:, :, :6])
     yield bad("v of another dtype", TypeError, ("v has dtype torch.float64", "torch.float32"), v=v.double())
-    yield bad("memory of a batch", ValueError, ("memory_k has shape [2, 9, 4, 8]", "3-dimensional, [M, H, D]"), memory_k=memory_k.expand(2, -1, -1, -1))
+    yield bad(
+        "memory of a batch", ValueError, ("memory_k has shape [2, 9, 4, 8]", "3-dimensional, [M, H, D]"), memory_k=memory_k.expand(2, -1, -1, -1)
+    )
     yield bad("memory of other heads", ValueError, ("memory_k has shape [9, 3, 8]", "[9, 4, 8]"), memory_k=memory_k[:, :3])
     yield bad("memory_v of another length", ValueError, ("memory_v has shape [8, 4, 5]", "[9, 4, 5]"), memory_v=memory_v[:8])
     yield bad("memory on another device", ValueError, ("memory_v is on meta", "cpu"), memory_v=memory_v.to("meta"))
