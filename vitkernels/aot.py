@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
+from vitkernels.ops.dense import triton as dense
 from vitkernels.ops.head_mixing import triton as head_mixing
 from vitkernels.ops.head_mixing.op import NORMS as HEAD_MIXING_NORMS
 from vitkernels.ops.packed import layout as packed_layout
@@ -72,6 +73,8 @@ PACKED_OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {"norm": "l2", "gaps": True},
     "all": {"norm": "layer", "gaps": True, "bias": True, "dropout": True, "key_heads": 4},
 }
+# attention's kernels are those of varlen_attention, but for a bias that differs from image to image.
+ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "bias of images": {"bias": True}}
 RE_ATTENTION_DIMS = (32, 33, 64)
 # What makes re_attention's kernels differ: the norm, and dropout, without which a batch norm in training takes other sums.
 RE_ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -284,6 +287,26 @@ def packed_launches(
     return list(dict.fromkeys(found))
 
 
+def attention_launches(dim: int, dtype: torch.dtype, *, batch: int = 8, heads: int = 12, tokens: int = 577, bias: bool = False) -> list[Launch]:
+    """The distinct launches of forward and backward of attention at one head dim, on slices of one projection.
+
+    Args:
+        dim: of the heads.
+        dtype: of q, k and v.
+        batch: images.
+        heads: of all.
+        tokens: of an image.
+        bias: with one of every image and head that is trained.
+    """
+    q, k, v = torch.empty(batch, tokens, 3, heads, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
+    table = torch.empty(batch, heads, tokens, tokens, device="meta") if bias else None
+    inputs: list[Any] = [table, None, None, None, dim**-0.5, 0.0, None]
+    with recorded() as found:
+        out, lse = dense.attention(*[q, k, v, *inputs])
+        dense.attention_backward(*[out, lse, q, k, v, out, lse, *inputs, True, True, True, bias, False, False])
+    return list(dict.fromkeys(found))
+
+
 def re_attention_launches(
     dim: int, dtype: torch.dtype, *, heads: int = 12, tokens: int = 577, norm: str | None = None, live: bool = False, dropout: bool = False
 ) -> list[Launch]:
@@ -374,6 +397,8 @@ def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Bud
         name = str(dtype).removeprefix("torch.")
         for dim, (case, options) in itertools.product(HEAD_DIMS, PACKED_OPTIONS.items()):
             table += budgets(functools.partial(packed_launches, dim, dtype, **options), f"head {dim} {case} {name}", progress=progress)
+        for dim, (case, options) in itertools.product(HEAD_DIMS, ATTENTION_OPTIONS.items()):
+            table += budgets(functools.partial(attention_launches, dim, dtype, **options), f"attention {dim} {case} {name}", progress=progress)
         for dim, (case, options) in itertools.product(RE_ATTENTION_DIMS, RE_ATTENTION_OPTIONS.items()):
             table += budgets(functools.partial(re_attention_launches, dim, dtype, **options), f"12 heads {dim} {case} {name}", progress=progress)
     return table

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -28,7 +29,10 @@ from torch.autograd import forward_ad
 from vitkernels import native, proof
 
 BACKENDS = ("reference", "native", "triton", "cuda")
+TORCH = "torch"
+"""What ``auto`` may choose where PyTorch has a fused kernel of the very op. No backend to ask for by name: for that, one calls PyTorch."""
 _AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
+Reason = str | None
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,11 +79,16 @@ def backend(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Support:
-    """What an op has: the floating dtypes of each backend. An absent backend is one the op was never written for."""
+    """What an op has: the floating dtypes of each backend. An absent backend is one the op was never written for.
+
+    ``torch``, of an op that PyTorch has a fused kernel for: called with the backend that ``auto`` would take otherwise and the arguments of the
+    public function, it says why PyTorch's kernel is the better choice, or None.
+    """
 
     native: tuple[torch.dtype, ...] = (*_FLOATING, torch.float64)
     triton: tuple[torch.dtype, ...] = _FLOATING
     cuda: tuple[torch.dtype, ...] = ()
+    torch: Callable[..., Reason] | None = None
 
 
 _support: dict[str, Support] = {}
@@ -161,8 +170,10 @@ def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> 
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def select(op: str, tensor: torch.Tensor) -> str:
+def select(op: str, tensor: torch.Tensor, for_torch: Callable[[str], Reason] | None = None) -> str:
     """The backend for this call: the requested one if it can run, or ``auto``'s choice.
+
+    ``for_torch`` is the op's ``Support.torch`` with the call's arguments in it; without, :data:`TORCH` is never chosen.
 
     While a model is exported or traced the choice is always ``reference``, so that what comes out is plain ATen and needs no vitkernels. It is also
     ``auto``'s choice under forward-mode differentiation and torch.func transforms, which the fused ops do not implement.
@@ -178,12 +189,15 @@ def select(op: str, tensor: torch.Tensor) -> str:
                 f"backend {_requested!r} cannot run {op}: forward-mode differentiation and torch.func transforms need the reference"
             )
         return "reference"
-    return _resolve(op, _requested, tensor.device, tensor.dtype)
+    chosen = _resolve(op, _requested, tensor.device, tensor.dtype)
+    if for_torch is not None and _requested == "auto" and for_torch(chosen) is not None:
+        return TORCH
+    return chosen
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of :func:`explain`: a backend, whether it can run the call, and what speaks against it."""
+    """One row of :func:`explain`: a backend, whether it can run the call, and what speaks against it (of :data:`TORCH`, for it)."""
 
     backend: str
     can_run: bool
@@ -208,7 +222,7 @@ class Explanation:
         return "\n".join(rows)
 
 
-def explain_for(op: str, tensor: torch.Tensor) -> Explanation:
+def explain_for(op: str, tensor: torch.Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Explanation:
     """:func:`vitkernels.explain` once the op's first tensor is known."""
     device, dtype = tensor.device, tensor.dtype
     candidates = []
@@ -220,4 +234,11 @@ def explain_for(op: str, tensor: torch.Tensor) -> Explanation:
         chosen: str | None = _resolve(op, _requested, device, dtype)
     except BackendUnavailable:
         chosen = None
+    rule = _support[op].torch
+    if rule is not None and chosen is not None and _requested == "auto":
+        with contextlib.suppress(TypeError, ValueError, IndexError):  # arguments that the op itself would refuse
+            reason = rule(chosen, *args, **(kwargs or {}))
+            if reason is not None:
+                candidates.append(Candidate(TORCH, True, reason))
+                chosen = TORCH
     return Explanation(op, _requested, chosen, tuple(candidates))

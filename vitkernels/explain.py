@@ -31,4 +31,4 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> backends
     tensor = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None)
     if tensor is None:
         raise TypeError(f"explain({spec.name}): give the tensors you would call it with; there is none among the arguments")
-    return backends.explain_for(spec.name, tensor)
+    return backends.explain_for(spec.name, tensor, args, kwargs)

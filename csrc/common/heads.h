@@ -50,24 +50,40 @@ struct HeadRows {
 
 // Rows of one head lie far apart in memory, where no hardware prefetcher sees them coming.
 constexpr int64_t kRowsAhead = 8;
+// In a channels-first map neighbouring rows are neighbours in memory and a row's columns lie a power of two apart, in few sets of the cache: so many rows are read
+// and written column by column.
+constexpr int64_t kRowsTogether = 16;
 
 template <class S>
 void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to, int64_t to_row) {
   using T = Arith<S>;
   constexpr int64_t lanes = kLanes<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const S* source = from.row<S>(i);
-    const int64_t stride = from.columns_of(i);
-    T* target = to + i * to_row;
-    if (stride == 1) {
-      const S* ahead = from.row<S>(i + kRowsAhead);
-      for (int64_t c = 0; c < to_row; c += lanes) {
-        const int64_t left = columns - c;
-        __builtin_prefetch(ahead + c);
-        store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
-      }
-    } else {
-      for (int64_t c = 0; c < to_row; ++c) target[c] = c < columns ? to_float(source[c * stride]) : T(0);
+  const auto copy = [&](const S* source, const S* ahead, T* target) {
+    for (int64_t c = 0; c < to_row; c += lanes) {
+      const int64_t left = columns - c;
+      __builtin_prefetch(ahead + c);
+      store(target + c, left >= lanes ? load(source + c) : left > 0 ? load_partial(source + c, left) : Vec<T>{});
+    }
+  };
+  if (from.column_stride == 1 && !from.line && !from.tail) {
+    const char* source = reinterpret_cast<const char*>(from.row<S>(0));
+    for (int64_t i = 0; i < rows; ++i, source += from.row_bytes) {
+      copy(reinterpret_cast<const S*>(source), reinterpret_cast<const S*>(source + kRowsAhead * from.row_bytes), to + i * to_row);
+    }
+    return;
+  }
+  for (int64_t begin = 0; begin < rows; begin += kRowsTogether) {
+    const S* sources[kRowsTogether];
+    const int64_t count = min_of(rows - begin, kRowsTogether);
+    for (int64_t i = 0; i < count; ++i) sources[i] = from.row<S>(begin + i);
+    if (from.columns_of(begin) == 1 && from.columns_of(begin + count - 1) == 1) {
+      for (int64_t i = 0; i < count; ++i) copy(sources[i], from.row<S>(begin + i + kRowsAhead), to + (begin + i) * to_row);
+      continue;
+    }
+    int64_t strides[kRowsTogether];
+    for (int64_t i = 0; i < count; ++i) strides[i] = from.columns_of(begin + i);
+    for (int64_t c = 0; c < to_row; ++c) {
+      for (int64_t i = 0; i < count; ++i) to[(begin + i) * to_row + c] = c < columns ? to_float(sources[i][c * strides[i]]) : T(0);
     }
   }
 }
@@ -75,13 +91,20 @@ void load_rows(const HeadRows& from, int64_t rows, int64_t columns, Arith<S>* to
 template <class S>
 void store_rows(const HeadRows& to, int64_t rows, int64_t columns, const Arith<S>* from, int64_t from_row) {
   constexpr int64_t lanes = kLanes<Arith<S>>;
+  if (to.column_stride != 1) {
+    for (int64_t begin = 0; begin < rows; begin += kRowsTogether) {
+      S* targets[kRowsTogether];
+      const int64_t count = min_of(rows - begin, kRowsTogether);
+      for (int64_t i = 0; i < count; ++i) targets[i] = const_cast<S*>(to.row<S>(begin + i));
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t i = 0; i < count; ++i) store_scalar(targets[i] + c * to.column_stride, from[(begin + i) * from_row + c]);
+      }
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     S* target = const_cast<S*>(to.row<S>(i));
     const Arith<S>* source = from + i * from_row;
-    if (to.column_stride != 1) {
-      for (int64_t c = 0; c < columns; ++c) store_scalar(target + c * to.column_stride, source[c]);
-      continue;
-    }
     for (int64_t c = 0; c < columns; c += lanes) {
       if (columns - c >= lanes) {
         store(target + c, load(source + c));

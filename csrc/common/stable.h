@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "common/dtype.h"
@@ -27,6 +28,14 @@ inline Dtype dtype_of(const Tensor& tensor) {
 
 inline ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A CPU tensor under these strides, uninitialised: one call of a shim, where new_empty and a view are two trips through the dispatcher.
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 inline Map map_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}; }

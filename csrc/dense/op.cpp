@@ -18,7 +18,14 @@ constexpr int64_t kBiasParts = 8;
 // [B, H, N, D] of any strides, and of what is made here: in memory [B, N, H, D].
 Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(2), t.stride(1), t.stride(3), t.stride(0)}; }
 Tensor token_major(const Tensor& like, int64_t width) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), width}), 1, 2);
+  // As a contiguous [B, N, H, width] has them, where a dimension of 0 counts as 1.
+  const int64_t heads = like.size(1), tokens = like.size(2), row = std::max<int64_t>(heads, 1) * width;
+  return empty_strided({like.size(0), heads, tokens, width}, {std::max<int64_t>(tokens, 1) * row, width, row, 1}, like.scalar_type());
+}
+
+Tensor row_numbers(const Tensor& q) {
+  const int64_t heads = q.size(1), tokens = q.size(2);
+  return empty_strided({q.size(0), heads, tokens}, {std::max<int64_t>(heads, 1) * std::max<int64_t>(tokens, 1), std::max<int64_t>(tokens, 1), 1}, ScalarType::Double);
 }
 
 // Everything that must outlive the kernel beside the tensors it was given.
@@ -133,7 +140,7 @@ std::tuple<Tensor, Tensor> attention(
   packed::Forward a{};
   Prepared p;
   fill(a, p, q, k, v, {bias, key_padding, shared_k, shared_v, scale, dropout_p, seed}, true);
-  Tensor out = token_major(q, a.value_dim), lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Double);
+  Tensor out = token_major(q, a.value_dim), lse = row_numbers(q);
   a.out = rows_of(out), a.lse = lse.data_ptr();
   packed::kernels().forward(a);
   return {out, lse};

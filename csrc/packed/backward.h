@@ -88,10 +88,11 @@ class BackwardUnit {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t dim_vectors = dim_row_ / lanes, value_vectors = value_row_ / lanes;
     const int64_t width = map_row(s.keys);
-    Buffer<T> raw(rows * dim_row_), q(rows * dim_row_), grad_out(rows * value_row_), grad_q(rows * dim_row_), delta(rows);
+    const bool normed = a_.norm != Norm::kNone;
+    Buffer<T> raw(normed ? rows * dim_row_ : 0), q(rows * dim_row_), grad_out(rows * value_row_), grad_q(rows * dim_row_);
     Buffer<T> weights(rows * width), grads(rows * width), factors(a_.dropout ? rows * width : 0);
-    io_.load_rows(query_rows(a_, io_, a_.q, s, head, first), rows, a_.dim, raw, dim_row_);
-    std::memcpy(q.get(), raw.get(), static_cast<size_t>(rows * dim_row_) * sizeof(T));
+    io_.load_rows(query_rows(a_, io_, a_.q, s, head, first), rows, a_.dim, q, dim_row_);
+    if (normed) std::memcpy(raw.get(), q.get(), static_cast<size_t>(rows * dim_row_) * sizeof(T));
     const NormOf<T> norm(a_, a_.q_norm, head);
     norm.forward(q, rows);
     if (a_.grad_out.data) {

@@ -77,7 +77,7 @@ inline void softmax_chunk(
     } else {
       weights([](Vec<T> x) { return exp_nonpositive(x); });
     }
-    scale_by[i] = before == largest ? T(1) : std::exp(before - largest);
+    scale_by[i] = before == largest ? T(1) : before == -kInfinity<T> ? T(0) : std::exp(before - largest);
     running.sum[i] = running.sum[i] * scale_by[i] + reduce_add<T>(sums[0] + sums[1]);
     between();
   }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vitkernels
 from vitkernels import accuracy, backends, ops
+from vitkernels.ops.dense import op
 from vitkernels.ops.dense.op import run
 
 BACKENDS = [
@@ -38,7 +42,7 @@ def test_shared_keys(backend: str, dtype: torch.dtype) -> None:
     """They stand behind every image's own, in the output, every gradient, the bias, the padding and dropout."""
     if backends.why_not("attention", backend, torch.device("cpu"), dtype):
         pytest.skip("not a dtype of this backend")
-    sizes = ((2, 4, 2, 9, 9, 5, 16, 24), (3, 2, 2, 1, 50, 17, 8, 8), (2, 2, 1, 20, 0, 3, 20, 20), (1, 1, 1, 7, 300, 1, 16, 16))
+    sizes = ((2, 4, 2, 9, 9, 5, 16, 24), (3, 2, 2, 1, 50, 17, 8, 8), (2, 2, 1, 20, 0, 3, 20, 20), (1, 2, 1, 7, 300, 4, 16, 16))
     for index, (batch, heads, kv_heads, tokens, keys, shared, dim, value_dim) in enumerate(sizes):
         generator = torch.Generator().manual_seed(index)
 
@@ -82,3 +86,43 @@ def test_padding_behind_the_last_key_is_the_shorter_call(backend: str) -> None:
         torch.testing.assert_close(padded, short, rtol=0, atol=0)
     else:
         assert not torch.isnan(ops.attention(q, k.nan_to_num(), v.nan_to_num(), key_padding=shown)).any()
+
+
+def test_auto_hands_over_on_an_unproved_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the alternative is the definition, and for what PyTorch's kernels can do; never for a backend asked for by name."""
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    called = []
+
+    def rule(chosen: str, *args: Tensor, **options: object) -> str | None:
+        called.append((chosen, {name for name, value in options.items() if value is not None and value is not False}))
+        return "for a test"
+
+    monkeypatch.setattr(op, "_for_torch", rule)
+    monkeypatch.setitem(backends._support, "attention", replace(backends._support["attention"], torch=rule))
+    out = ops.attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True), rtol=0, atol=0)
+    explanation = vitkernels.explain(ops.attention, q, k, v)
+    assert explanation.chosen == backends.TORCH
+    assert "-> torch" in str(explanation) and "for a test" in str(explanation)
+    assert called and all(
+        chosen == ("native" if backends.why_not("attention", "native", q.device, q.dtype) is None else "reference") for chosen, _ in called
+    )
+    called.clear()
+    with vitkernels.backend("reference"):
+        ops.attention(q, k, v)
+        assert vitkernels.explain(ops.attention, q, k, v).chosen == "reference"
+    assert not called
+
+
+def test_what_is_handed_over() -> None:
+    """On a GPU, and of what PyTorch has a fused kernel for."""
+
+    class OnGpu:
+        device, dtype, shape = torch.device("cuda"), torch.bfloat16, (2, 4, 9, 16)
+
+    q: Any = OnGpu()
+    assert "PyTorch" in (op._for_torch("reference", q, q, q) or "")
+    assert op._for_torch("triton", q, q, q) is None
+    assert op._for_torch("reference", q, q, q, return_lse=True) is None
+    assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is None
+    assert op._for_torch("reference", torch.ones(2, 4, 9, 16), q, q) is None

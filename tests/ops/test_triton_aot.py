@@ -52,6 +52,8 @@ STAGES = (
 
 # NaViT's head dim with its norm; float32, which takes the most registers. `python -m vitkernels.aot` compiles all.
 PACKED = ((64, torch.bfloat16, "norm"), (64, torch.float32, "plain"))
+# ViT-B's heads, with a bias for each image.
+ATTENTION = ((64, torch.bfloat16, "bias of images"), (64, torch.float32, "bias of images"))
 # DeepViT-S, whose rows are padded, with both norms; float32.
 RE_ATTENTION = ((33, torch.bfloat16, "batch live"), (64, torch.bfloat16, "layer"), (32, torch.float32, "batch live"))
 
@@ -80,6 +82,11 @@ def test_every_cascaded_group_kernel_fits_every_target(name: str, dtype: torch.d
 @pytest.mark.parametrize(("dim", "dtype", "options"), PACKED, ids=_name)
 def test_every_packed_kernel_fits_every_target(dim: int, dtype: torch.dtype, options: str) -> None:
     _assert_all_fit(aot.budgets(lambda: aot.packed_launches(dim, dtype, **aot.PACKED_OPTIONS[options]), options))
+
+
+@pytest.mark.parametrize(("dim", "dtype", "options"), ATTENTION, ids=_name)
+def test_every_attention_kernel_fits_every_target(dim: int, dtype: torch.dtype, options: str) -> None:
+    _assert_all_fit(aot.budgets(lambda: aot.attention_launches(dim, dtype, **aot.ATTENTION_OPTIONS[options]), options))
 
 
 @pytest.mark.parametrize(("dim", "dtype", "options"), RE_ATTENTION, ids=_name)

@@ -5,16 +5,43 @@ Reads top to bottom: the public function, its checks, then the torch.library op 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.dense import reference
 
-backends.declare("attention", backends.Support(triton=()))
+
+def _for_torch(
+    chosen: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> str | None:
+    """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
+
+    On a CPU never: on no shape of benchmarks/sweep_attention.py was handing over the faster way. On a GPU where the alternative is the definition,
+    which forms the logits. What PyTorch has no fused kernel for stays here.
+    """
+    if chosen != "reference" or q.device.type != "cuda":
+        return None
+    if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
+        return None
+    return "on a GPU PyTorch's fused attention is faster than the definition, and the Triton kernels are not proved on this one"
+
+
+backends.declare("attention", backends.Support(torch=_for_torch))
 
 
 def attention(
@@ -34,13 +61,14 @@ def attention(
         q: [B, H, N, D], any strides: a slice of a projection's [B, N, 3, H, D] is read where it lies.
         k: [B, H_k, M, D]; H_k divides H (grouped heads: head h reads the keys of head h H_k / H).
         v: [B, H_k, M, D_v].
-        bias: added to the logits; any shape that broadcasts to [B, H, N, M], any floating dtype. -inf hides a key. Differentiable in the shape it has:
+        bias: added to the logits; floating, of any shape that broadcasts to [B, H, N, M]. -inf hides a key. Differentiable in the shape it has:
             a bias that all images share is never expanded, nor is its gradient. Or bool, where True means that the key takes part, as in SDPA.
         key_padding: bool [B, M]: True where a key takes part, False where it is padding (the complement of ``nn.MultiheadAttention``'s
             ``key_padding_mask``; transformers' ``attention_mask.bool()``).
         scale: of the logits; default D ** -0.5.
         dropout_p: probability of dropping an attention weight, always applied, as in SDPA. The mask is a function of PyTorch's generator (one draw a
-            call) and of the place of the weight, the same on every backend, and stored nowhere.
+            call) and of the place of the weight, the same on every backend, and stored nowhere. (Where ``auto`` calls PyTorch's attention, which
+            ``vitkernels.explain`` tells, it is PyTorch's.)
         return_lse: also return the logsumexp of each query's logits.
 
     q, k and v share one dtype (float32, bfloat16, float16, on the CPU also float64) and one device; logits, softmax and sums are in float32 (float64
@@ -58,7 +86,11 @@ def attention(
 
     Paper: An Image is Worth 16x16 Words, arXiv 2010.11929, appendix A; the softmax as in FlashAttention-2, arXiv 2307.08691, section 3.
     """
-    out, lse = run("attention", q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout_p)
+
+    def for_torch(chosen: str) -> str | None:
+        return _for_torch(chosen, q, k, v, bias=bias, key_padding=key_padding, return_lse=return_lse)
+
+    out, lse = run("attention", q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout_p, for_torch=for_torch)
     return (out, lse.to(_define.accumulation_dtype(q.dtype))) if return_lse else out
 
 
@@ -74,18 +106,18 @@ def run(
     shared_v: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    for_torch: Callable[[str], str | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check, choose, call: ``(out, logsumexp)`` of :func:`attention`, for every public op that is one.
 
     ``shared_k`` [m, H_k, D] and ``shared_v`` [m, H_k, D_v] are keys and values that every image sees behind its own M; bias then has M + m columns,
-    and dropout counts them so. They are the caller's to check.
+    and dropout counts them so. They are the caller's to check. ``for_torch`` is the rule by which ``auto`` may call PyTorch's attention, for a caller
+    who wants the output alone; the logsumexp is then empty.
     """
-    for name, tensor, symbols in (("q", q, "[B, H, N, D]"), ("k", k, "[B, H_k, M, D]"), ("v", v, "[B, H_k, M, D_v]")):
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.dim() != 4:
-            _check_tokens(op, name, tensor, symbols)
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
-        q, k, v, shared_k, shared_v = (t if t is None else _define.cast(t, dtype) for t in (q, k, v, shared_k, shared_v))
-    _check_kinds(op, q, k, v)
+    if isinstance(q, Tensor) and (dtype := _define.autocast_dtype(q.device.type)) is not None:
+        q, k, v, shared_k, shared_v = (_define.cast(t, dtype) for t in (q, k, v, shared_k, shared_v))
+    if not _agree(q, k, v):
+        _refuse(op, q, k, v)
     if dropout_p != 0.0:
         _check.probability(op, "dropout_p", dropout_p)
     keys = k.shape[2] + (0 if shared_k is None else shared_k.shape[0])
@@ -96,32 +128,50 @@ def run(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
 
-    chosen = backends.select(op, q)
+    chosen = backends.select(op, q, for_torch)
+    if chosen == backends.TORCH:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if chosen == "reference":
         return reference.attention(
             q, k, v, bias=bias, key_padding=key_padding, shared_k=shared_k, shared_v=shared_v, scale=scale, dropout_p=dropout_p, seed=seed
         )
-    namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
     return _define.call(
-        namespace.attention.default,
+        _OPS[chosen],
         _define.differentiable(q, k, v, bias, shared_k, shared_v),
         *(q, k, v, bias, key_padding, shared_k, shared_v, scale, float(dropout_p), seed),
     )
 
 
-def _check_tokens(op: str, name: str, value: Tensor, symbols: str) -> None:
-    _check.is_tensor(op, name, value, symbols)
-    _check.strided(op, name, value)
-    _check.floating(op, name, value)
-    raise ValueError(f"{op}: {name} has shape {_check.shape_of(value)}; it must be 4-dimensional, {symbols}")
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_kinds(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes, dtypes and devices."""
-    if k.dtype is not q.dtype or k.device != q.device:
-        _check.same_kind(op, "k", k, "q", q)
-    if v.dtype is not q.dtype or v.device != q.device:
-        _check.same_kind(op, "v", v, "q", q)
+def _agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether shapes, dtypes and devices are right, in one look: a call on few tokens takes twenty microseconds, of which messages would be five."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == k.dim() == v.dim() == 4):
+        return False
+    batch, heads, _, width = q.shape
+    k_batch, k_heads, keys, k_width = k.shape
+    v_batch, v_heads, v_keys, v_width = v.shape
+    dtype, device = q.dtype, q.device
+    return (
+        (k_batch == batch and v_batch == batch and k_width == width and v_heads == k_heads and v_keys == keys)
+        and (width > 0 and v_width > 0 and k_heads > 0 and heads > 0 and heads % k_heads == 0)
+        and (dtype in _FLOATING and k.dtype is dtype and v.dtype is dtype and k.device == device and v.device == device)
+        and (q.layout is torch.strided and k.layout is torch.strided and v.layout is torch.strided)
+    )
+
+
+def _refuse(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Say what is wrong."""
+    for name, tensor, symbols in (("q", q, "[B, H, N, D]"), ("k", k, "[B, H_k, M, D]"), ("v", v, "[B, H_k, M, D_v]")):
+        _check.is_tensor(op, name, tensor, symbols)
+        _check.strided(op, name, tensor)
+        _check.floating(op, name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be 4-dimensional, {symbols}")
+    _check.same_kind(op, "k", k, "q", q)
+    _check.same_kind(op, "v", v, "q", q)
     batch, heads, _, width = q.shape
     if k.shape[0] != batch:
         raise ValueError(f"{op}: k has shape {_check.shape_of(k)}; it must have the batch of q, [{batch}, H_k, M, D]")
@@ -218,3 +268,5 @@ _define.define(
     backward=_backward,
     cast_by_autocast=(0, 1, 2, 5, 6),
 )
+_define.implement_in_triton("dense", "attention")
+_OPS = {"native": torch.ops.vitkernels.attention.default, "triton": torch.ops.vitkernels_triton.attention.default}

@@ -198,5 +198,6 @@ SPECS = (
         saved_bytes=_saved,
         peers={"SDPA": _sdpa},
         kept_by_autocast=("bias",),
+        tiles_span_images=("triton",),
     ),
 )

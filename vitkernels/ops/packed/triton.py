@@ -203,9 +203,14 @@ def _norm_backward(b_dy, b_x, m_row, weight, part_weight, part_bias, o_part, o_d
 
 
 @triton.jit
-def _bias_of(bias, o_row, b_first, o_column, b_begin, m_seen, stride_row, stride_column, WIDE: tl.constexpr):
-    """[rows, columns] of one head's bias by position in the sequence: the row's own begins at ``b_first``, what it sees at ``b_begin``."""
+def _bias_of(bias, o_row, b_first, o_column, b_begin, m_seen, stride_row, stride_column, stride_sequence, length, WIDE: tl.constexpr):
+    """[rows, columns] of one head's bias by position in the sequence: the row's own begins at ``b_first``, what it sees at ``b_begin``.
+
+    With a stride from sequence to sequence each has its own, and all have ``length`` rows.
+    """
     o_bias = wide(o_row - b_first, WIDE)[:, None] * stride_row + wide(o_column[None, :] - b_begin[:, None], WIDE) * stride_column
+    if stride_sequence is not None:
+        o_bias += ((b_first // length).to(tl.int64) * stride_sequence)[:, None]
     return tl.load(bias + o_bias, mask=m_seen, other=0.0)
 
 
@@ -273,6 +278,9 @@ def varlen_attention_fwd_kernel(
     stride_bh,
     stride_bm,
     stride_bn,
+    stride_bs,  # or None: all sequences have the same
+    bias_queries,  # rows and columns of the bias, where stride_bs is not None
+    bias_keys,
     stride_qw,
     stride_qb,
     stride_kw,
@@ -337,7 +345,7 @@ def varlen_attention_fwd_kernel(
             if EDGE:
                 m_mn = m_sees[:, None] & (o_n[None, :] >= b_begin[:, None]) & (o_n[None, :] < b_end[:, None])
                 if bias is not None:
-                    b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, WIDE)
+                    b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, stride_bs, bias_queries, WIDE)
                 b_s = tl.where(m_mn, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -438,6 +446,9 @@ def varlen_attention_bwd_query_kernel(
     stride_bh,
     stride_bm,
     stride_bn,
+    stride_bs,  # or None: all sequences have the same
+    bias_queries,  # rows and columns of the bias, where stride_bs is not None
+    bias_keys,
     stride_qw,
     stride_qb,
     stride_kw,
@@ -507,7 +518,7 @@ def varlen_attention_bwd_query_kernel(
             if EDGE:
                 m_mn = m_sees[:, None] & (o_n[None, :] >= b_begin[:, None]) & (o_n[None, :] < b_end[:, None])
                 if bias is not None:
-                    b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, WIDE)
+                    b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, stride_bs, bias_queries, WIDE)
                 b_s = tl.where(m_mn, b_s, float("-inf"))
             b_p = tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
             b_v = _load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
@@ -561,6 +572,9 @@ def varlen_attention_bwd_key_kernel(
     stride_bh,
     stride_bm,
     stride_bn,
+    stride_bs,  # or None: all sequences have the same
+    bias_queries,  # rows and columns of the bias, where stride_bs is not None
+    bias_keys,
     stride_qw,
     stride_qb,
     stride_kw,
@@ -637,7 +651,7 @@ def varlen_attention_bwd_key_kernel(
                 if EDGE:
                     m_nm = m_seen[:, None] & (o_m[None, :] >= b_begin[:, None]) & (o_m[None, :] < b_end[:, None])
                     if bias is not None:
-                        b_s += _bias_of(bias + i_h * stride_bh, o_n, b_first, o_m, b_begin, m_nm, stride_bn, stride_bm, WIDE)
+                        b_s += _bias_of(bias + i_h * stride_bh, o_n, b_first, o_m, b_begin, m_nm, stride_bn, stride_bm, stride_bs, bias_keys, WIDE)
                     b_s = tl.where(m_nm, b_s, float("-inf"))
                 b_high, b_low = _load_lse(lse + i_h * total_q, o_m, m_m)
                 b_p = tl.exp2(((b_s - b_high[None, :]) - b_low[None, :]) * LOG2E)  # [BLOCK_N, BLOCK_M]
@@ -705,6 +719,9 @@ def varlen_attention_bwd_bias_kernel(
     stride_bh,
     stride_bm,
     stride_bn,
+    stride_bs,  # or None: all sequences have the same
+    bias_queries,  # rows and columns of the bias, where stride_bs is not None
+    bias_keys,
     stride_qw,
     stride_qb,
     stride_kw,
@@ -755,6 +772,8 @@ def varlen_attention_bwd_bias_kernel(
         k_bias += i_hk * stride_kb
     o_bias = wide(o_m, WIDE)[:, None] * stride_bm + wide(o_n, WIDE)[None, :] * stride_bn
     m_bias = (o_m < longest_q)[:, None] & (o_n < longest_k)[None, :]
+    if stride_bs is not None:
+        bias += i_s.to(tl.int64) * stride_bs  # a split is one sequence
     b_bias = tl.load(bias + i_h * stride_bh + o_bias, mask=m_bias, other=0.0)  # [BLOCK_M, BLOCK_N]
 
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -838,8 +857,13 @@ def _fill(tile: Tile, edge: str, rows: int, heads: int, device: torch.device) ->
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Of tensors of three dimensions."""
-    return tuple(stride for t in tensors for stride in (t.stride() if t is not None else (0, 0, 0)))
+    """Of the last three dimensions."""
+    return tuple(stride for t in tensors for stride in (t.stride()[-3:] if t is not None else (0, 0, 0)))
+
+
+def _of_sequences(bias: Tensor | None) -> tuple[int | None, ...]:
+    """Of a bias in four dimensions, [sequences, H, N, M]: its stride from sequence to sequence, N and M."""
+    return (None, None, None) if bias is None or bias.dim() == 3 else (bias.stride(0), *bias.shape[2:])
 
 
 class _Call(NamedTuple):
@@ -873,7 +897,7 @@ class _Call(NamedTuple):
             raise ValueError(f"varlen_attention: q has head_dim {q.shape[2]} and v {v.shape[2]}; the Triton kernels take at most {_WIDEST}")
         far = [(layout.TILE - 1) * t.stride(0) + (t.shape[2] - 1) * t.stride(2) for t in tensors]
         if bias is not None:
-            far.append((bias.shape[1] - 1) * bias.stride(1) + (bias.shape[2] - 1) * bias.stride(2))
+            far.append((bias.shape[-2] - 1) * bias.stride(-2) + (bias.shape[-1] - 1) * bias.stride(-1))
         return _Call(
             q.shape[0],
             k.shape[0],
@@ -939,13 +963,14 @@ def varlen_attention(
     lse = q.new_empty((c.heads, c.total_q), dtype=torch.float64)
     if work is None:
         work = layout.work_list(cu_seqlens_q, cu_seqlens_k, seqused_k, c.total_q, c.total_k)
-    tile = _fill(forward_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
+    tile_of = query_tile if bias is not None and bias.dim() == 4 else forward_tile  # the sequence's place in a bias takes registers, too
+    tile = _fill(tile_of(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
     with shared.on(q):
         shared.launch(
             varlen_attention_fwd_kernel,
             triton.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"]) * c.heads,
             *(q, k, v, bias, *c.norms, work, seed, out, lse),
-            *(*_strides(q, k, v, bias), *c.norm_strides, *c.sizes),
+            *(*_strides(q, k, v, bias), *_of_sequences(bias), *c.norm_strides, *c.sizes),
             **c.constants,
             **tile.options,
         )
@@ -996,7 +1021,7 @@ def varlen_attention_backward(
     need_query, need_key = need_q or _any(grad_norms[:2]), need_k or _any(grad_norms[2:])
 
     delta = torch.empty_like(lse, dtype=torch.float32)
-    rows = _strides(grad_out, q, k, v, bias)
+    rows = (*_strides(grad_out, q, k, v, bias), *_of_sequences(bias))
     with shared.on(q):
         if need_query or need_key or need_bias:
             shared.launch(
@@ -1062,16 +1087,18 @@ def _sum(parts: list[Tensor | None], grads: list[Tensor | None]) -> None:
 
 
 def _bias_gradient(
-    c: _Call, grad_bias: Tensor, tensors: tuple[Tensor | None, ...], rows: tuple[int, ...], sequences: int, dtype: torch.dtype
+    c: _Call, grad_bias: Tensor, tensors: tuple[Tensor | None, ...], rows: tuple[int | None, ...], sequences: int, dtype: torch.dtype
 ) -> None:
     """Sequences go in several splits where the bias alone would not fill the GPU."""
-    _, longest_q, longest_k = grad_bias.shape
+    longest_q, longest_k = grad_bias.shape[-2:]
     if grad_bias.numel() == 0:
         return
     tile = bias_tile(c.widest, dtype)
     blocks = triton.cdiv(longest_q, tile.blocks["BLOCK_M"]) * triton.cdiv(longest_k, tile.blocks["BLOCK_N"]) * c.heads
     splits, split_length = shared.splits(blocks, max(sequences, 1), shared.processors(grad_bias.device), least=4)
-    parts = grad_bias[None] if splits == 1 else grad_bias.new_empty((splits, *grad_bias.shape))
+    if grad_bias.dim() == 4:  # every sequence has its own
+        splits, split_length = sequences, 1
+    parts = grad_bias if splits == 1 or grad_bias.dim() == 4 else grad_bias.new_empty((splits, *grad_bias.shape))
     shared.launch(
         varlen_attention_bwd_bias_kernel,
         blocks * splits,
@@ -1080,5 +1107,5 @@ def _bias_gradient(
         **{name: value for name, value in c.constants.items() if name != "GAPS"},
         **tile.options,
     )
-    if splits > 1:
+    if parts is not grad_bias:
         shared.sum_parts(parts, grad_bias)

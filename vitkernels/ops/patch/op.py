@@ -14,7 +14,7 @@ from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.patch import reference
 
-backends.declare("patch_attention", backends.Support(triton=()))
+backends.declare("patch_attention", backends.Support())
 
 
 def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] = (2, 2), num_heads: int, scale: float | None = None) -> Tensor:
@@ -117,3 +117,4 @@ _define.define(
     setup_context=_setup,
     backward=_backward,
 )
+_define.implement_in_triton("patch", "patch_attention")

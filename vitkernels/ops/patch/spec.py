@@ -120,8 +120,9 @@ def _saved(sample: Sample) -> int:
 def _unfold_sdpa_fold(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] = (2, 2), num_heads: int) -> Tensor:
     """What the models compute, with PyTorch's attention."""
     rows = [reference.unfold(t, patch, num_heads) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*(t.flatten(0, 2) for t in rows))
-    return reference.fold(out.view(rows[2].shape), v.shape, patch)
+    query, key, value = (t.flatten(0, 2) for t in rows)
+    out = F.scaled_dot_product_attention(query, key, value)
+    return reference.fold(out.reshape(rows[2].shape), v.shape, patch)
 
 
 def _case(batch: int, side: int, dim: int) -> BenchCase:
@@ -149,5 +150,6 @@ SPECS = (
         bench_cases=tuple(_case(batch, side, dim) for side, dim in ((32, 36), (16, 48), (8, 60)) for batch in (1, 8)),
         saved_bytes=_saved,
         peers={"unfold, SDPA, fold": _unfold_sdpa_fold},
+        tiles_span_images=("triton",),
     ),
 )
