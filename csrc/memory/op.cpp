@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/stable.h"
+#include "dense/op.h"
 #include "memory/kernels.h"
 
 namespace vitkernels {
@@ -64,11 +65,18 @@ void fill(
   }
 }
 
+// One memory that every query sees, and nothing of its own: shared keys of plain attention.
+bool is_plain(const std::vector<int64_t>& groups, const std::optional<Tensor>& own_k) { return groups.empty() && !own_k; }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> memory_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& memory_k, const Tensor& memory_v, const std::optional<Tensor>& own_k,
     const std::optional<Tensor>& own_v, std::vector<int64_t> groups, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+  if (is_plain(groups, own_k)) {
+    const auto [out, lse] = attention(q, k, v, std::nullopt, std::nullopt, memory_k, memory_v, scale, dropout_p, seed);
+    return {torch::stable::transpose(out, 1, 2), lse};
+  }
   memory::Forward a{};
   std::vector<int64_t> begin;
   fill(a, begin, q, k, v, memory_k, memory_v, own_k, own_v, groups, scale, dropout_p, seed);
@@ -84,6 +92,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attent
     const Tensor& memory_v, const std::optional<Tensor>& own_k, const std::optional<Tensor>& own_v, const Tensor& lse, std::vector<int64_t> groups,
     double scale, double dropout_p, const std::optional<Tensor>& seed, bool need_q, bool need_k, bool need_v, bool need_memory_k, bool need_memory_v,
     bool need_own_k, bool need_own_v) {
+  if (is_plain(groups, own_k)) {
+    const std::optional<Tensor> grad = grad_out ? std::optional<Tensor>(torch::stable::transpose(*grad_out, 1, 2)) : std::nullopt;
+    const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});  // only its size is looked at
+    const auto [grad_q, grad_k, grad_v, none, grad_memory_k, grad_memory_v] = attention_backward(
+        grad, grad_lse, q, k, v, out, lse, std::nullopt, std::nullopt, memory_k, memory_v, scale, dropout_p, seed, need_q, need_k, need_v, false, need_memory_k, need_memory_v);
+    return {grad_q, grad_k, grad_v, grad_memory_k, grad_memory_v, none, torch::stable::new_empty(lse, {0})};
+  }
   memory::Backward a{};
   std::vector<int64_t> begin;
   fill(a, begin, q, k, v, memory_k, memory_v, own_k, own_v, groups, scale, dropout_p, seed);

@@ -44,13 +44,14 @@ class Pieces {
     const int64_t memory_column = round_up(a.keys, kLanes<T>), own_column = memory_column + round_up(most, kLanes<T>);
     // Not a power of two, so that a column of a map does not fall into few sets of the cache.
     width_ = own_column + 2 * kLanes<T>;
-    add(head_rows(io, a.k, sample, head), head_rows(io, a.v, sample, head), a.keys, 0, a.queries, 0, 0);
+    const int64_t place = sample * (a.keys + a.memories());
+    add(head_rows(io, a.k, sample, head), head_rows(io, a.v, sample, head), a.keys, 0, a.queries, 0, place);
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t first = a.memory_begin[g], rows = a.group_rows();
-      add(memory_rows(io, a.memory_k, first, head), memory_rows(io, a.memory_v, first, head), a.memory_begin[g + 1] - first, g * rows, (g + 1) * rows, memory_column, a.keys + first);
+      add(memory_rows(io, a.memory_k, first, head), memory_rows(io, a.memory_v, first, head), a.memory_begin[g + 1] - first, g * rows, (g + 1) * rows, memory_column, place + a.keys + first);
     }
     for (int64_t i = 0; a.own_k.data && i < a.queries; ++i) {
-      add(head_rows(io, a.own_k, sample, head, i), head_rows(io, a.own_v, sample, head, i), 1, i, i + 1, own_column, a.keys + a.memories());
+      add(head_rows(io, a.own_k, sample, head, i), head_rows(io, a.own_v, sample, head, i), 1, i, i + 1, own_column, place + a.keys + a.memories());
     }
   }
 

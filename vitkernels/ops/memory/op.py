@@ -159,8 +159,14 @@ _DIFFERENTIABLE = 7  # q, k, v, memory_k, memory_v, own_k, own_v
 
 
 def _backward_fake(grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, lse, needed = rest[:_DIFFERENTIABLE], rest[_DIFFERENTIABLE], rest[-_DIFFERENTIABLE:]
-    return tuple(x.new_empty(x.shape) if wanted and x is not None else lse.new_empty((0,)) for x, wanted in zip(inputs, needed, strict=True))
+    inputs, (lse, groups), needed = rest[:_DIFFERENTIABLE], rest[_DIFFERENTIABLE : _DIFFERENTIABLE + 2], rest[-_DIFFERENTIABLE:]
+    plain = not groups and inputs[-1] is None
+
+    def empty(x: Tensor) -> Tensor:
+        # Plain attention with shared keys makes what the gradients of a projection want: [B, N, H, D] in memory.
+        return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) if plain and x.dim() == 4 else x.new_empty(x.shape)
+
+    return tuple(empty(x) if wanted and x is not None else lse.new_empty((0,)) for x, wanted in zip(inputs, needed, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

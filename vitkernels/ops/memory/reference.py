@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.ops import _define
-from vitkernels.ops.packed.reference import keep_mask
+from vitkernels.ops.packed.reference import keep_maps
 
 
 def memory_attention(
@@ -28,9 +28,8 @@ def memory_attention(
     keys = k.shape[2]
     keep = None
     if dropout_p > 0 and seed is not None:
-        # The last column of random numbers serves all own keys: each query sees one of them.
-        every, columns = (torch.arange(count, device=q.device) for count in (batch * queries, keys + memory_k.shape[0] + 1))
-        keep = keep_mask(seed, heads, every, columns, dropout_p).unflatten(1, (batch, queries)).transpose(0, 1)  # [B, H, N, K + M + 1]
+        # One column of random numbers serves all own keys: each query sees one of them.
+        keep = keep_maps(seed, (batch, heads, queries, keys + memory_k.shape[0] + 1), dropout_p, stride=keys + memory_k.shape[0])
     outs, lses = [], []
     first = 0
     for g, length in enumerate(groups or memory_k.shape[:1]):
