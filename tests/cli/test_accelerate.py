@@ -208,7 +208,7 @@ def test_torch_compile_that_fails_is_a_note(report: Callable[..., Any], monkeypa
 def test_demo_writes_its_report(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {name for name, *_ in demo.runs()} == {
         *("mobilevitv2_050", "mobilevitv2_100", "hf:mobilevitv2", "efficientvit_m0", "efficientvit_m4"),
-        *("vit_pytorch:NaViT", "vit_pytorch:DeepViT"),
+        *("vit_pytorch:NaViT", "vit_pytorch:DeepViT", "vit_pytorch:SimpleViT", "vit_small_patch16_224", "mobilevit_s", "hf:mobilevit"),
     }
     assert {batch for name, batch, *_ in demo.runs() if name.startswith("efficientvit")} == {1, 16}
     assert {name for name, *_, training in demo.runs() if training} == {"mobilevitv2_050", "efficientvit_m0", "vit_pytorch:NaViT"}

@@ -96,3 +96,11 @@ def test_every_branch_of_a_fresh_model_reaches_the_logits(model: _zoo.ZooModel) 
         proj.weight.copy_(kept)
     assert (changed - logits).abs().max() > 1e-2 * logits.abs().max()
     assert not accuracy.compare_tensors("logits", changed, logits, logits.double()).holds
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "hf:mobilevit", "vit_pytorch:MobileViT"])
+def test_blocks_of_mobilevit(name: str) -> None:
+    """Their BatchNorm is in both what it was; dropout, which transformers' has in training, is the same in both."""
+    rows = found(_zoo.load(name, size=64), modes=("forward", "training"))
+    assert len(rows) == 6 and {row.baseline for row in rows} == {_blocks.LIVE}
+    assert all(row.holds and 0 < row.original_error < 0.1 for row in rows), rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vitkernels
-from vitkernels.nn import CascadedGroupAttention, EfficientViTBlock
+from vitkernels.nn import CascadedGroupAttention, EfficientViTBlock, interpolate_position_embedding
 
 from .. import zoo
 
@@ -148,3 +148,47 @@ def test_accelerate_leaves_it_alone() -> None:
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         CascadedGroupAttention(**options)
+
+
+# --- interpolate_position_embedding --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("old", "new", "prefix"), [((14, 14), (24, 24), 1), ((14, 14), (7, 20), 5), ((6, 9), (9, 6), 0), ((3, 3), (1, 1), 1)], ids=str)
+def test_positions_are_timms(old: tuple[int, int], new: tuple[int, int], prefix: int, mode: str, antialias: bool, dtype: torch.dtype) -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(1, prefix + old[0] * old[1], 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = interpolate_position_embedding(table, old, new, num_prefix_tokens=prefix, mode=mode, antialias=antialias)
+    expected = resample_abs_pos_embed(table, list(new), list(old), prefix, interpolation=mode, antialias=antialias)
+    assert found.dtype is dtype and torch.equal(found, expected)
+    without_batch = interpolate_position_embedding(table[0], old, new, num_prefix_tokens=prefix, mode=mode, antialias=antialias)
+    assert torch.equal(without_batch, expected[0])
+
+
+def test_positions_are_differentiable_in_float64() -> None:
+    table = torch.randn(1, 1 + 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: interpolate_position_embedding(t, (2, 3), (4, 4), num_prefix_tokens=1), (table,))
+    assert interpolate_position_embedding(table, (2, 3), (2, 3), num_prefix_tokens=1) is table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((torch.zeros(1, 10, 4), (3, 3), (4, 4)), {}, ValueError, r"shape \[1, 10, 4\]; it must be \[1, 9, D\]"),
+        ((torch.zeros(2, 9, 4), (3, 3), (4, 4)), {}, ValueError, r"shape \[2, 9, 4\]"),
+        ((torch.zeros(9), (3, 3), (4, 4)), {}, ValueError, r"shape \[9\]"),
+        ((torch.zeros(9, 4), (3, 3), (0, 4)), {}, ValueError, "new_grid is"),
+        ((torch.zeros(9, 4), (9,), (4, 4)), {}, ValueError, "old_grid is"),
+        ((torch.zeros(9, 4), (3, 3), (4, 4)), {"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens is -1"),
+        ((torch.zeros(9, 4), (3, 3), (4, 4)), {"mode": "nearest"}, ValueError, "mode is 'nearest'"),
+        ((torch.zeros(9, 4, dtype=torch.int), (3, 3), (4, 4)), {}, TypeError, "pos_embed"),
+        (([[0.0]], (1, 1), (4, 4)), {}, TypeError, "pos_embed"),
+    ],
+    ids=str,
+)
+def test_positions_refused(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"^interpolate_position_embedding: .*{words}"):
+        interpolate_position_embedding(*arguments, **options)

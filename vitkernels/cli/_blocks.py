@@ -1,4 +1,6 @@
-"""The attention block by itself: each kind of a model's fused blocks on the input it gets there, against the original with BatchNorm folded away."""
+"""The attention block by itself: each kind of a model's fused blocks on the input it gets there, against the original, with BatchNorm folded away
+where its zoo can do that.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from vitkernels.cli import _zoo
 FOLDED, LIVE, ACCELERATED = "original, BatchNorm folded", "original", "accelerated"
 MODES = ("forward", "forward+backward", "training")
 # Blocks whose original is a chain of small operations worth a table of their own, by the op that replaces them.
-OPS = ("cascaded_group_attention",)
+OPS = ("cascaded_group_attention", "patch_attention")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Block:
     Attributes:
         model, batch, dtype: where it is from, and of its input.
         block: the path of the first of its kind, how many there are, and its input's shape.
-        mode: ``forward`` and ``forward+backward``, with BatchNorm folded away in both; ``training``, with live norms in both.
+        mode: ``forward`` and ``forward+backward``, in evaluation; ``training``.
+        baseline: what it is measured against: :data:`FOLDED`, where BatchNorm is folded away in both, or :data:`LIVE`.
         error, original_error: of the output against float64, by the largest value.
         holds: whether the accuracy rule does.
         measured: the two, interleaved.
@@ -40,15 +43,11 @@ class Block:
     dtype: str
     block: str
     mode: str
+    baseline: str
     error: float
     original_error: float
     holds: bool
     measured: timing.Measurement
-
-    @property
-    def baseline(self) -> str:
-        """The name of what it is measured against."""
-        return LIVE if self.mode == "training" else FOLDED
 
     def summary(self) -> dict[str, Any]:
         """As plain data: one row of a CSV."""
@@ -81,9 +80,18 @@ def _inputs(module: nn.Module, paths: Sequence[str], x: _zoo.Pixels) -> dict[str
 
 
 def _folded(block: nn.Module) -> nn.Module:
-    """A copy with every BatchNorm folded into the convolution before it, as the zoo itself does for deployment; folded in float64."""
+    """A copy with every BatchNorm folded into the convolution before it, as timm itself does for deployment, where it does; folded in float64."""
     dtype = next(block.parameters()).dtype
+    if not type(block).__module__.startswith("timm."):
+        return copy.deepcopy(block)
     return importlib.import_module("timm.utils").reparameterize_model(copy.deepcopy(block).double()).to(dtype)
+
+
+def _once(block: nn.Module, x: Tensor) -> Tensor:
+    """The output, of a copy, because batch norm keeps statistics; dropout drops the same in every call."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        return copy.deepcopy(block)(x).detach()
 
 
 def _step(block: nn.Module, x: Tensor, mode: str) -> Callable[[], Tensor]:
@@ -106,7 +114,7 @@ def compare(
     rounds: int = 20,
     budget: float = 6.0,
 ) -> list[Block]:
-    """Every kind of fused block (:data:`OPS`) of a timm model on a batch of photos; nothing where it has none.
+    """Every kind of fused block (:data:`OPS`) of a model on a batch of photos; nothing where it has none.
 
     Args:
         zoo_model: the model; it is copied, not changed.
@@ -135,17 +143,18 @@ def compare(
                 exact.train()
             else:
                 before = _folded(before)
+            baseline = LIVE if any(isinstance(m, nn.BatchNorm2d) for m in before.modules()) else FOLDED
             after = copy.deepcopy(before)
             vitkernels.accelerate(after)
-            blocks = {LIVE if mode == "training" else FOLDED: before, ACCELERATED: after}
+            blocks = {baseline: before, ACCELERATED: after}
             x = inputs[path].requires_grad_(mode != "forward")
             with torch.no_grad():
-                results = [copy.deepcopy(block)(given).detach() for block, given in ((after, x), (before, x), (exact, x.double()))]
+                results = [_once(block, given) for block, given in ((after, x), (before, x), (exact, x.double()))]
             verdict = accuracy.compare_tensors("output", results[0], results[1], results[2])
             calls = {name: _step(block, x, mode) for name, block in blocks.items()}
             context: Any = torch.inference_mode if mode == "forward" else contextlib.nullcontext
             measured = timing.interleave(calls, rounds=rounds, budget=budget, device=device, contexts=dict.fromkeys(calls, context))
             label = f"{path}{f' and {len(others)} more' if others else ''}, {shape}"
-            numbers = (verdict.relative_error, verdict.relative_eager_error, verdict.holds)
+            numbers = (baseline, verdict.relative_error, verdict.relative_eager_error, verdict.holds)
             found.append(Block(zoo_model.name, batch, str(dtype).removeprefix("torch."), label, mode, *numbers, measured))
     return found

@@ -16,6 +16,10 @@ from vitkernels.cli.accelerate import errors_table, speed_table
 
 # Each model, the side of its photos (of a NaViT, whose photos keep their shapes, the longest) and its larger batch.
 _MODELS = {
+    "vit_small_patch16_224": (224, 8),
+    "vit_pytorch:SimpleViT": (256, 8),
+    "mobilevit_s": (256, 8),
+    "hf:mobilevit": (256, 8),
     "mobilevitv2_050": (256, 8),
     "mobilevitv2_100": (256, 8),
     "hf:mobilevitv2": (256, 8),
@@ -77,7 +81,7 @@ def runs() -> list[tuple[str, int, torch.dtype, bool]]:
 def command(
     folder: Path, models: tuple[str, ...], compiled: bool, rounds: int, seconds: float, peers: bool, device: str | None, threads: int | None
 ) -> None:
-    """Real MobileViTv2, EfficientViT, NaViT and DeepViT models on photos, original and accelerated: errors against float64, speed, plot, report."""
+    """Real ViT, MobileViT, EfficientViT, NaViT and DeepViT models on photos, original and accelerated: errors against float64, speed, plot, report."""
     target = device_of(device)
     set_threads(threads)
     folder = report.results_folder(folder)
@@ -179,7 +183,7 @@ def _engine_cell(measured: timing.Measurement, name: str) -> str:
     return f"{report.milliseconds(measured[name].quantiles.p50 * 1e3)} ({measured.speedup(name, over=_compare.ORIGINAL).p50:.2f}x)"
 
 
-_BLOCKS_TITLE = "The attention block by itself, its window partition included"
+_BLOCKS_TITLE = "The attention block by itself, its partition into windows or patches included"
 
 
 def _block_cells(block: _blocks.Block) -> list[str]:
@@ -197,7 +201,8 @@ def _block_section(blocks: list[_blocks.Block]) -> list[str]:
         f"## {_BLOCKS_TITLE}",
         "",
         "One block of each kind on the input it gets inside the model. forward and forward+backward: BatchNorm folded into the convolutions of both",
-        "(`timm.utils.reparameterize_model`, before accelerating); training: live BatchNorm in both. The error is of the output, against float64.",
+        "where timm does that (EfficientViT; `timm.utils.reparameterize_model`, before accelerating), else with its fixed statistics (MobileViT);",
+        "training: live BatchNorm in both. The error is of the output, against float64.",
         "",
         report.markdown_table(_BLOCK_HEADERS, map(_block_cells, blocks)),
         "",

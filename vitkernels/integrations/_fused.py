@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitkernels import backends
 from vitkernels.nn import _derived
 
 Role = Callable[[nn.Module], type]
@@ -139,3 +140,10 @@ def fell_back(module: nn.Module, reason: str) -> None:
 
 def last_fallback(module: nn.Module) -> str | None:
     return _fell_back.get(module)
+
+
+def why_no_kernel(op: str, tensor: Tensor) -> str | None:
+    """Why a call on such a tensor is better left to the original: nothing but the reference would run it, and nobody asked for that."""
+    if backends.requested() == "auto" and backends.select(op, tensor) == "reference":
+        return "no kernel runs here, and without one the original code is the best there is"
+    return None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitkernels import backends, ops
-from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified, restore, swap
+from vitkernels import ops
+from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified, restore, swap, why_no_kernel
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.packed import untraced
 from vitkernels.nn import _checks, head_mixing
@@ -74,9 +74,7 @@ class Attention(Fused):
         assert mix is not None
         if mix.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"the input is {x.dtype}, the weight of the mix {mix.dtype}"
-        if backends.requested() == "auto" and backends.select(self._vk_op, x) == "reference":
-            return "no kernel runs here, and without one the original code is the best there is"
-        return None
+        return why_no_kernel(self._vk_op, x)
 
 
 class VitPytorchAttention(Attention):

@@ -1,20 +1,32 @@
-"""timm: MobileViTv2, EfficientViT (MSRA), NaFlexVit."""
+"""timm: ViT, MobileViT, MobileViTv2, EfficientViT (MSRA), NaFlexVit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels.integrations import packed
+from vitkernels.integrations import _tokenwise, dense, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
 from vitkernels.integrations.head_mixing import TalkingHeads
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
+
+
+# What of a transformer works on each token by itself.
+_TRANSFORMER = frozenset(
+    {
+        "timm.models.vision_transformer.Block",
+        *(f"timm.layers.{name}" for name in ("drop.DropPath", "layer_scale.LayerScale", "activations.GELUTanh")),
+        *(f"timm.layers.mlp.{name}" for name in ("Mlp", "GluMlp", "SwiGLU")),
+        *(f"timm.layers.norm.{name}" for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "SimpleNorm")),
+    }
+)
 
 
 class TimmAttention(Attention):
@@ -74,6 +86,68 @@ class TimmBlock(Block):
         return self.conv_proj(self.norm(x))
 
 
+class TimmDense(dense.Attention):
+    """``Attention``: of every ViT, and of MobileViT."""
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        # With fused_attn the original does not call its dropout either.
+        return None if module.fused_attn else _checks.why_not_bypassed("attn_drop", module.attn_drop, nn.Dropout)
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        return module.attn_drop.p
+
+    @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_heads
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.qkv.parameters())
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The original's arguments and result; ``x`` may be a map [B, H/ph, ph, W/pw, pw, C]."""
+        reason = "is_causal was asked for" if is_causal else None if attn_mask is None else _checks.why_not_tensor(attn_mask)
+        if not self._vk_takes(x, reason=reason):
+            return super().forward(x, attn_mask, is_causal)
+        q, k, v = dense.split(self.qkv(x), self.num_heads, 3)
+        patch = dense.patch_of(x)
+        if patch is None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
+            q, k = self._vk_norm_map(self.q_norm, q), self._vk_norm_map(self.k_norm, k)
+        # SDPA knows nothing of self.scale, and of the dropout its probability alone.
+        fused = self.fused_attn
+        drops = self.training if fused else self.attn_drop.training
+        y = self._vk_attend(q, k, v, patch, self.attn_drop.p if drops else 0.0, None if fused else self.scale, attn_mask)
+        y = self.norm(y)
+        gate = self._modules.get("gate")
+        return self.proj_drop(self.proj(y if gate is None else y * gate(x).sigmoid()))
+
+    def _vk_norm_map(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """A norm over each head of a map [B, H D, H', W']."""
+        return norm(x.unflatten(1, (self.num_heads, -1)).movedim(2, -1)).movedim(-1, 2).flatten(1, 2)
+
+
+class TimmMapBlock(dense.MapBlock):
+    """``MobileVitBlock``."""
+
+    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers({"timm.layers.attention.Attention": TimmDense}, _TRANSFORMER)
+
+    @classmethod
+    def _vk_inside(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.transformer, module.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's arguments and result."""
+        if not self._vk_takes_map(x):
+            return super().forward(x)
+        shortcut, x = x, self.conv_1x1(self.conv_kxk(x))
+        x = self.conv_proj(dense.on_map(x, self.patch_size, self.transformer, self.norm))
+        return x if self.conv_fusion is None else self.conv_fusion(torch.cat((shortcut, x), dim=1))
+
+
 class NaFlexAttention(packed.Part):
     """``Attention`` in a NaFlexVit."""
 
@@ -104,14 +178,8 @@ class NaFlex(Fused):
     """
 
     _vk_op: ClassVar[str] = "varlen_attention"
-    _vk_layers: ClassVar[packed.Layers] = packed.Layers(
-        {"timm.layers.attention.Attention": NaFlexAttention},
-        {
-            "timm.models.vision_transformer.Block",
-            *(f"timm.layers.{name}" for name in ("drop.DropPath", "layer_scale.LayerScale", "activations.GELUTanh")),
-            *(f"timm.layers.mlp.{name}" for name in ("Mlp", "GluMlp", "SwiGLU")),
-            *(f"timm.layers.norm.{name}" for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "SimpleNorm")),
-        },
+    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers(
+        {"timm.layers.attention.Attention": NaFlexAttention}, _TRANSFORMER
     )
 
     @classmethod
@@ -160,7 +228,7 @@ class NaFlex(Fused):
             attn_mask is not None
             or patch_coord is None
             or self._vk_why_not_packed(patches, patch_valid) is not None
-            or packed.random_now(inside)
+            or _tokenwise.random_in(inside, now=True)
             or self._vk_layers.why_not(inside, running=True) is not None
         ):
             return super().forward_features(patches, patch_coord, patch_valid, attn_mask)
@@ -192,6 +260,8 @@ class _TokensPlease:
 
 
 TABLE: dict[str, type[Fused]] = {
+    "timm.layers.attention.Attention": TimmDense,
+    "timm.models.mobilevit.MobileVitBlock": TimmMapBlock,
     "timm.models.mobilevit.LinearSelfAttention": TimmAttention,
     "timm.models.mobilevit.LinearTransformerBlock": TimmLayer,
     "timm.models.mobilevit.MobileVitV2Block": TimmBlock,

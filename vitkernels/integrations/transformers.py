@@ -1,19 +1,23 @@
-"""transformers: MobileViTV2, Siglip2's vision model."""
+"""transformers: ViT, MobileViT, MobileViTV2, Siglip2's vision model. What has its attention chosen by name can have it without any swap, too: see
+``attention_interface.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from vitkernels.integrations import packed
+from vitkernels.integrations import _tokenwise, attention_interface, dense, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
 
 _MODELING = "transformers.models.mobilevitv2.modeling_mobilevitv2."
+_V1 = "transformers.models.mobilevit.modeling_mobilevit."
 _SIGLIP2 = "transformers.models.siglip2.modeling_siglip2."
 
 
@@ -82,6 +86,94 @@ class TransformersBlock(Block):
             patches, size = self.unfolding(features)
             features = self.folding(self.layernorm(self.transformer(patches)), size)
         return self.conv_projection(features)
+
+
+class ViTAttention(dense.Attention):
+    """``ViTAttention``, where it would call SDPA."""
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        chosen = module.config._attn_implementation
+        if chosen == attention_interface.NAME:
+            return f"its attention implementation is {chosen!r} already"
+        return None if chosen == "sdpa" else f"its attention implementation is {chosen!r}, not 'sdpa'"
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        return module.attention_dropout
+
+    @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_attention_heads
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.q_proj.parameters())
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The original's arguments and result."""
+        reason = attention_interface.why_not(self, hidden_states, hidden_states, attention_mask, **kwargs)
+        if not self._vk_takes(hidden_states, reason=reason):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        q, k, v = (
+            dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, attention_mask)), None
+
+
+class MobileViTAttention(dense.Attention):
+    """``MobileViTSelfAttention``, whose maps are formed."""
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        return _checks.why_not_bypassed("dropout", module.dropout, nn.Dropout)
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        return module.dropout.p
+
+    @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.num_attention_heads
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.query.parameters())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The original's argument and result; it may be a map [B, H/ph, ph, W/pw, pw, C]."""
+        if not self._vk_takes(hidden_states):
+            return super().forward(hidden_states)
+        q, k, v = (dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.query, self.key, self.value))
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        return self._vk_attend(q, k, v, dense.patch_of(hidden_states), dropout, None)
+
+
+class MobileViTBlock(dense.MapBlock):
+    """``MobileViTLayer``, a GradientCheckpointingLayer: which wraps this forward as it wraps the original."""
+
+    _vk_layers: ClassVar[_tokenwise.Layers] = _tokenwise.Layers(
+        {_V1 + "MobileViTSelfAttention": MobileViTAttention},
+        {
+            *(f"{_V1}MobileViT{name}" for name in ("Transformer", "TransformerLayer", "Attention", "SelfOutput", "Intermediate", "Output")),
+            *(f"transformers.activations.{name}Activation" for name in ("SiLU", "GELU")),
+        },
+    )
+
+    @classmethod
+    def _vk_inside(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.transformer, module.layernorm
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The original's argument and result."""
+        if not self._vk_takes_map(features):
+            return super().forward(features)
+        if self.downsampling_layer:
+            features = self.downsampling_layer(features)
+        found = self.conv_1x1(self.conv_kxk(features))
+        found = dense.on_map(found, (self.patch_height, self.patch_width), self.transformer, self.layernorm)
+        return self.fusion(torch.cat((features, self.conv_projection(found)), dim=1))
 
 
 class Siglip2Attention(packed.Part):
@@ -188,13 +280,16 @@ class Siglip2Vision(Fused):
         return super().forward(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
 
 
-_SIGLIP2_LAYERS = packed.Layers(
+_SIGLIP2_LAYERS = _tokenwise.Layers(
     {_SIGLIP2 + "Siglip2Encoder": Siglip2Encoder, _SIGLIP2 + "Siglip2Attention": Siglip2Attention},
     {_SIGLIP2 + "Siglip2EncoderLayer", _SIGLIP2 + "Siglip2MLP", *(f"transformers.activations.{name}" for name in ("GELUTanh", "GELUActivation"))},
 )
 
 
 TABLE: dict[str, type[Fused]] = {
+    "transformers.models.vit.modeling_vit.ViTAttention": ViTAttention,
+    _V1 + "MobileViTSelfAttention": MobileViTAttention,
+    _V1 + "MobileViTLayer": MobileViTBlock,
     _MODELING + "MobileViTV2LinearSelfAttention": TransformersAttention,
     _MODELING + "MobileViTV2TransformerLayer": TransformersLayer,
     _MODELING + "MobileViTV2Layer": TransformersBlock,

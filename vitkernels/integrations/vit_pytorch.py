@@ -1,4 +1,5 @@
-"""vit_pytorch: DeepViT (in ``head_mixing.py``), and both NaViTs, ``na_vit`` (rows of several images, a mask) and ``na_vit_nested_tensor``.
+"""vit_pytorch: ViT, SimpleViT, MobileViT, DeepViT (in ``head_mixing.py``), and both NaViTs, ``na_vit`` (rows of several images, a mask) and
+``na_vit_nested_tensor``.
 
 What is the same in a NaViT: the images in their order, which tokens are dropped (the same draws from PyTorch's generator), outputs and gradients.
 What is not: with dropout the masks are other ones of the same probability, because no [R, S, S] weights and no padding are there to draw them for.
@@ -15,13 +16,82 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitkernels.integrations import dense
 from vitkernels.integrations._fused import Fused, Role, fell_back, origin, qualified
+from vitkernels.integrations._tokenwise import Layers
 from vitkernels.integrations.head_mixing import VitPytorchAttention
-from vitkernels.integrations.packed import Layers, Part, untraced, why_not_here
+from vitkernels.integrations.packed import Part, untraced, why_not_here
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
 
 _PADDED, _NESTED = "vit_pytorch.na_vit.", "vit_pytorch.na_vit_nested_tensor."
+
+
+class PlainAttention(dense.Attention):
+    """``vit.Attention`` and ``simple_vit.Attention``, whose norm is inside and whose maps are formed."""
+
+    _vk_dims: ClassVar[int] = 3
+    _vk_skips: ClassVar[frozenset[str]] = frozenset({"attend"})
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        if type(module.attend) is not nn.Softmax or module.attend.dim != -1:
+            return "attend is not a plain Softmax over the keys"
+        if _checks.hooked(module.attend):
+            return f"attend {_checks.HOOKED}"
+        return _checks.why_not_bypassed("dropout", module.dropout, nn.Dropout) if "dropout" in module._modules else None
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        dropout = module._modules.get("dropout")
+        return 0.0 if dropout is None else dropout.p
+
+    @classmethod
+    def _vk_heads(cls, module: Any) -> int:
+        return module.heads
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.to_qkv.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result; ``x`` may be a map [B, H/ph, ph, W/pw, pw, C]."""
+        if not self._vk_takes(x, dims=self._vk_dims):
+            return super().forward(x)
+        qkv = self.to_qkv(self.norm(x))
+        sequences = qkv.flatten(0, 1) if qkv.dim() == 4 else qkv
+        dropout = self._modules.get("dropout")
+        drops = dropout is not None and dropout.training
+        out = self._vk_attend(*dense.split(sequences, self.heads, 3), dense.patch_of(qkv), dropout.p if drops else 0.0, self.scale)
+        return self.to_out(out.unflatten(0, qkv.shape[:2]) if qkv.dim() == 4 else out)
+
+
+class SequencesAttention(PlainAttention):
+    """``mobile_vit.Attention``: of tokens [B, P, N, C], where those of one of P see each other."""
+
+    _vk_dims: ClassVar[int] = 4
+
+
+class MapBlock(dense.MapBlock):
+    """``mobile_vit.MobileViTBlock``."""
+
+    _vk_layers: ClassVar[Layers] = Layers(
+        {"vit_pytorch.mobile_vit.Attention": SequencesAttention},
+        ("vit_pytorch.mobile_vit.Transformer", "vit_pytorch.mobile_vit.FeedForward"),
+    )
+
+    @classmethod
+    def _vk_inside(cls, module: Any) -> tuple[nn.Module, ...]:
+        return (module.transformer,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result."""
+        if not self._vk_takes_map(x):
+            return super().forward(x)
+        y = self.conv2(self.conv1(x))
+        if y.shape[2] % self.ph or y.shape[3] % self.pw:
+            return super().forward(x)  # raises: here nothing is resized
+        return self.conv4(torch.cat((self.conv3(dense.on_map(y, (self.ph, self.pw), self.transformer)), x), 1))
 
 
 class _Attention(Part):
@@ -265,6 +335,10 @@ def _cuts(original: Any) -> bool:
 
 
 TABLE: dict[str, type[Fused]] = {
+    "vit_pytorch.vit.Attention": PlainAttention,
+    "vit_pytorch.simple_vit.Attention": PlainAttention,
+    "vit_pytorch.mobile_vit.Attention": SequencesAttention,
+    "vit_pytorch.mobile_vit.MobileViTBlock": MapBlock,
     _PADDED + "NaViT": PaddedNaViT,
     _PADDED + "Attention": PaddedAttention,
     _NESTED + "NaViT": NestedNaViT,

@@ -1,0 +1,108 @@
+"""transformers' choice of attention by name: ``attn_implementation="vitkernels"`` for every model that has it, without any swap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels import ops
+from vitkernels.integrations._fused import why_no_kernel
+from vitkernels.nn import _checks
+
+NAME = "vitkernels"
+# What may come beside q, k, v and the mask and does not change what is computed, as long as it is None or False.
+_UNSUPPORTED = ("output_attentions", "softcap", "cache")
+
+
+def register_transformers() -> str:
+    """Make ``attn_implementation="vitkernels"`` known to transformers, for all its models that choose their attention by name.
+
+    ``AutoModel.from_pretrained(name, attn_implementation="vitkernels")``, or ``model.set_attn_implementation("vitkernels")`` for a model there is.
+    Queries, keys and values then go to :func:`vitkernels.ops.attention`, grouped heads, masks and position biases included; masks are built as for
+    ``"sdpa"``. What that op has not (causal attention, a paged cache, a capped softmax), tracing, export and places without a kernel are sdpa's, as
+    is everything where it is faster. Dropout draws other masks than sdpa, of the same probability. Harmless when called twice.
+
+    Returns:
+        The name, ``"vitkernels"``.
+
+    Raises:
+        ImportError: transformers is not installed, or older than its attention interface (4.48).
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+        masks = importlib.import_module("transformers.masking_utils")
+        transformers.AttentionInterface.register(NAME, attention_forward)
+        masks.AttentionMaskInterface.register(NAME, masks.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"register_transformers: no transformers with an attention interface is installed here: {error}") from error
+    return NAME
+
+
+def why_not(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None = None, **kwargs: Any) -> str | None:
+    """Why a call that transformers describes so cannot go to :func:`vitkernels.ops.attention`; ``None`` if it can."""
+    if mask is not None and (reason := _checks.why_not_tensor(mask)) is not None:
+        return reason
+    given = [name for name in _UNSUPPORTED if kwargs.get(name) not in (None, False)]
+    if given:
+        return f"{given[0]} was given"
+    if query.shape[0] != key.shape[0]:
+        return "the queries of all images are one"
+    # As sdpa_attention_forward has it: a mask says it all.
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return "it is causal" if causal and mask is None and query.shape[-2] > 1 else None
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in the place of ``sdpa_attention_forward``: the same arguments and result.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, N, D].
+        key: [B, H_k, M, D].
+        value: [B, H_k, M, D_v].
+        attention_mask: broadcasts to [B, H, N, M]: bool, True where a key takes part, or floating, added to the logits.
+        dropout: probability of dropping an attention weight.
+        scaling: of the logits; default D ** -0.5.
+        is_causal: whether a query sees only the keys up to its own; default the layer's own ``is_causal``.
+        position_bias: floating, added to the logits; differentiable.
+        kwargs: whatever else the model hands on.
+
+    Returns:
+        [B, N, H, D_v], and None in the place of the weights.
+    """
+    reason = (
+        _checks.why_not_tensor(query)
+        or why_not(module, query, key, attention_mask, is_causal, **kwargs)
+        or why_no_kernel("attention", query)
+    )
+    if reason is not None:
+        sdpa = importlib.import_module("transformers").AttentionInterface()["sdpa"]
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+    bias = attention_mask
+    if position_bias is not None:
+        if attention_mask is None:
+            bias = position_bias
+        elif attention_mask.dtype is torch.bool:
+            # The smallest number, as sdpa's own, and not -inf: a query that sees no key then sees all alike.
+            bias = torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min)
+        else:
+            bias = position_bias + attention_mask
+    out = ops.attention(query, key, value, bias=bias, scale=scaling, dropout_p=dropout)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
