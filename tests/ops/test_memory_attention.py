@@ -13,7 +13,7 @@ from vitkernels import ops
 
 def whole(q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, own_k: Tensor, own_v: Tensor, groups: tuple[int, ...]) -> Tensor:
     """Rows of the class tokens of T tasks out of softmax([q; ..] [own; k; memory]^T) under the mask of section 3.2."""
-    batch, heads, tasks, _ = q.shape
+    batch, _, tasks, _ = q.shape
     expanded = [m.permute(1, 0, 2)[None].repeat(batch, 1, 1, 1) for m in (memory_k, memory_v)]
     keys, values = torch.cat((own_k, k, expanded[0]), dim=2), torch.cat((own_v, v, expanded[1]), dim=2)
     mask = torch.zeros(tasks, keys.shape[2], dtype=torch.bool)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.integrations._fused import Fused, Role, fell_back
+from vitkernels.integrations.vit_pytorch import PlainAttention
 from vitkernels.memory.adapters import run_adapters
 from vitkernels.memory.layers import frame_of
 from vitkernels.nn import _checks
@@ -17,57 +18,35 @@ from vitkernels.nn import _checks
 _MODULE = "vit_pytorch.learnable_memory_vit."
 
 
-class Attention(Fused):
-    """``Attention``: memory is shared by the batch, so it is projected once and not repeated; what a mask hides is not computed with a filled map."""
-
-    _vk_op: ClassVar[str] = "attention"
-
-    @classmethod
-    def _vk_why_not_layers(cls, module: Any) -> str | None:
-        """Why the layers that are not called, softmax and dropout, cannot be taken over."""
-        softmax = _checks.why_not_bypassed("attend", module.attend, nn.Softmax)
-        if softmax is None and module.attend.dim != -1:
-            softmax = f"attend is a softmax over dimension {module.attend.dim}"
-        return softmax or _checks.why_not_bypassed("dropout", module.dropout, nn.Dropout)
-
-    @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return cls._vk_why_not_layers(module)
+class Attention(PlainAttention):
+    """``Attention``: memory is shared by the batch, so it is projected once and not repeated; a mask is the kernel's."""
 
     @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return module.to_q.weight
 
-    @classmethod
-    def _vk_note(cls, module: Any) -> str:
-        return _DROPOUT if module.dropout.p > 0 else ""
-
-    def _vk_heads(self, x: Tensor) -> Tensor:
+    def _vk_split(self, x: Tensor) -> Tensor:
         """[.., N, H D] to [.., H, N, D]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, memories: Tensor | None = None) -> Tensor:
         """The original's arguments and result."""
-        reason = _checks.why_not_tensor(x) or self._vk_why_not_layers(self)
-        if reason is None and attn_mask is not None and not bool(attn_mask.any(dim=-1).all()):
-            reason = "the mask hides every key from some query, which then sees all alike"
-        if reason is not None:
-            fell_back(self, reason)
-            return super().forward(x, attn_mask=attn_mask, memories=memories)
+        blind = attn_mask is not None and not bool(attn_mask.any(dim=-1).all())
+        if not self._vk_takes(x, reason="the mask hides every key from some query, which then sees all alike" if blind else None):
+            return super(PlainAttention, self).forward(x, attn_mask=attn_mask, memories=memories)
         x = self.norm(x)
-        q = self._vk_heads(self.to_q(x))
-        k, v = map(self._vk_heads, self.to_kv(x).chunk(2, dim=-1))
-        options = {"scale": self.scale, "dropout_p": self.dropout.p if self.training else 0.0}
+        q = self._vk_split(self.to_q(x))
+        k, v = map(self._vk_split, self.to_kv(x).chunk(2, dim=-1))
+        dropout = self.dropout.p if self.dropout.training else 0.0
         if memories is not None and memories.dim() == 2 and attn_mask is None:
             memory_k, memory_v = (m.unflatten(-1, (self.heads, -1)) for m in self.to_kv(memories).chunk(2, dim=-1))
-            out = ops.memory_attention(q, k, v, memory_k, memory_v, **options)
-        else:
-            if memories is not None:
-                memory = (self._vk_heads(m).expand(*k.shape[:2], -1, -1) for m in self.to_kv(memories).chunk(2, dim=-1))
-                k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), memory, strict=True))
-            out = ops.attention(q, k, v, bias=attn_mask, **options)
-        assert isinstance(out, Tensor)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+            out = ops.memory_attention(q, k, v, memory_k, memory_v, scale=self.scale, dropout_p=dropout)
+            assert isinstance(out, Tensor)
+            return self.to_out(out.transpose(1, 2).flatten(2))
+        if memories is not None:
+            memory = (self._vk_split(m).expand(*k.shape[:2], -1, -1) for m in self.to_kv(memories).chunk(2, dim=-1))
+            k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), memory, strict=True))
+        return self.to_out(self._vk_attend(q, k, v, None, dropout, self.scale, attn_mask))
 
 
 class Adapter(Fused):

@@ -159,7 +159,7 @@ class _VitPytorchLayer(Layer):
         return self.feed_forward(x) + x
 
     def dropout(self) -> float:
-        return self.attn.dropout.p if self.attn.training else 0.0
+        return self.attn.dropout.p if self.attn.dropout.training else 0.0
 
 
 @dataclass(frozen=True)
