@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "dense/op.h"
 #include "head_mixing/op.h"
+#include "memory/op.h"
 #include "packed/op.h"
 #include "patch/op.h"
 #include "separable/op.h"
@@ -40,6 +41,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
   m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
+  m.impl("memory_attention", TORCH_BOX(&vitkernels::memory_attention));
+  m.impl("memory_attention_backward", TORCH_BOX(&vitkernels::memory_attention_backward));
   m.impl("patch_attention", TORCH_BOX(&vitkernels::patch_attention));
   m.impl("patch_attention_backward", TORCH_BOX(&vitkernels::patch_attention_backward));
   m.impl("re_attention", TORCH_BOX(&vitkernels::re_attention));

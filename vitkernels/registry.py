@@ -152,12 +152,13 @@ def all_specs() -> dict[str, OpSpec]:
     from vitkernels.ops.cascaded_group import spec as cascaded_group
     from vitkernels.ops.dense import spec as dense
     from vitkernels.ops.head_mixing import spec as head_mixing
+    from vitkernels.ops.memory import spec as memory
     from vitkernels.ops.packed import spec as packed
     from vitkernels.ops.patch import spec as patch
     from vitkernels.ops.separable import spec as separable
     from vitkernels.ops.tokens import spec as tokens
 
-    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch)
+    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch, memory)
     return {spec.name: spec for family in families for spec in family.SPECS}
 
 

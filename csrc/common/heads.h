@@ -135,6 +135,12 @@ const Storage<float>& storage_of(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? kStorage<float> : dtype == Dtype::kBFloat16 ? kStorage<BFloat16> : kStorage<Float16>;
 }
 
+// Of a [batch, heads, rows, columns] tensor.
+template <class T>
+inline HeadRows head_rows(const Storage<T>& io, const Map& map, int64_t sample, int64_t head, int64_t row = 0) {
+  return {static_cast<const char*>(map.data) + (sample * map.batch_stride + head * map.dim_stride + row * map.height_stride) * io.bytes, map.height_stride * io.bytes, map.width_stride};
+}
+
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 

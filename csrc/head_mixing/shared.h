@@ -44,11 +44,6 @@ struct Sizes {
   int64_t tiles() const { return ceil_div(tokens, rows); }
 };
 
-template <class T>
-inline HeadRows head_rows(const Storage<T>& io, const Map& map, int64_t sample, int64_t head, int64_t row = 0) {
-  return {static_cast<const char*>(map.data) + (sample * map.batch_stride + head * map.dim_stride + row * map.height_stride) * io.bytes, map.height_stride * io.bytes, map.width_stride};
-}
-
 // The products of a tile in the arithmetic type: of rows of q or dO with all rows of k or v (`left` with `panels`), and of mixed maps with v.
 template <class T>
 struct Plain {

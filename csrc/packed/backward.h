@@ -15,9 +15,6 @@ namespace {
 // maps, whole rows of P and dP, would leave the L2 cache.
 constexpr int64_t kBackwardRows = 64, kLeastBackwardRows = 16, kMapBytes = 512 << 10;
 
-template <class T>
-void clear(T* data, int64_t count) { std::memset(data, 0, static_cast<size_t>(count) * sizeof(T)); }
-
 // One head's keys and values in every form the products want, and their gradients so far.
 template <class T>
 struct KeySide {
@@ -145,42 +142,6 @@ class BackwardUnit {
     if (!need_q_) return;
     norm.backward(raw, grad_q, rows, grad_weight, grad_bias);
     if (a_.grad_q.data) io_.store_rows(query_rows(a_, io_, a_.grad_q, s, head, first), rows, a_.dim, grad_q, dim_row_);
-  }
-
-  // What float64 has no wider type for: by how much the rounded logsumexp falls short, from the sum of the weights that follow from it.
-  static T excess(const T* logits, int64_t count, T lse) {
-    Vec<T> sum{};
-    for (int64_t c = 0; c < count; c += kLanes<T>) sum += first_lanes<T>(exp(load(logits + c) - lse), count - c, T(0));
-    return std::log(reduce_add<T>(sum));
-  }
-
-  // One row, whole: logits to weights, dP to dS. The logsumexp is subtracted in two pieces: of a large one in float the rounding alone would be 1e-6 of every
-  // weight. delta is summed from the same products it is subtracted from (not dO O, whose O is rounded): a weight of 1 leaves exactly nothing. Dropout's factors
-  // stay on the weights, as they multiplied V. A row that saw nothing, and a hidden key, have weight 0.
-  static void logit_gradients(double lse, T grad_lse, int64_t count, T* weights, T* grads, const T* factors) {
-    constexpr int64_t lanes = kLanes<T>;
-    if (lse == -kInfinity<double>) {
-      clear(weights, round_up(count, lanes));
-      clear(grads, round_up(count, lanes));
-      return;
-    }
-    const T high = static_cast<T>(lse);
-    T low = static_cast<T>(lse - static_cast<double>(high));
-    if constexpr (std::is_same_v<T, double>) low = excess(weights, count, high);
-    Vec<T> sums[2] = {};
-    for (int64_t c = 0; c < count; c += lanes) {
-      const Vec<T> p = first_lanes<T>(exp((load(weights + c) - high) - low), count - c, T(0));
-      const Vec<T> grad = factors ? load(grads + c) * load(factors + c) : load(grads + c);
-      sums[c / lanes % 2] += p * grad;
-      store(weights + c, p);
-      store(grads + c, grad);
-    }
-    const T delta = reduce_add<T>(sums[0] + sums[1]) - grad_lse;
-    for (int64_t c = 0; c < count; c += lanes) {
-      const Vec<T> p = load(weights + c);
-      store(grads + c, p * (load(grads + c) - delta));
-      if (factors) store(weights + c, p * load(factors + c));
-    }
   }
 
   // Units that write to one place are one batch here (see by_part), so that they do it one after the other.

@@ -1,4 +1,4 @@
-// What the forward and the backward of packed attention share: rows of heads in and out, their normalisation, packed keys, dropout, and how threads take units.
+// What the forward and the backward of packed attention share: rows of heads in and out, their normalisation, packed keys, and how threads take units.
 //
 // Everything is token-major. Logits are rows of queries: S = Q K^T wants K^T as a panel [dim][keys], which a unit packs once; P V wants V as it is. Both
 // products broadcast the left operand from any strides and read whole vectors of the right one (common/gemm.h).
@@ -6,8 +6,7 @@
 
 #include <cmath>
 
-#include "common/heads.h"
-#include "common/philox.h"
+#include "common/maps.h"
 #include "packed/kernels.h"
 
 namespace vitkernels {
@@ -71,12 +70,6 @@ inline int64_t first_key(const Attention& a, const Segment& s) { return s.k_begi
 
 // Keys of a chunk: up to as many the softmax sees a whole row at once. 128 to 256 are equally fast (a tile of logits is 16 to 32 kB).
 constexpr int64_t kKeyChunk = 256;
-
-// The rows of a tile: as even as blocks of eight rows allow.
-inline int64_t even_tile(int64_t rows, int64_t most) {
-  const int64_t tiles = max_of<int64_t>(ceil_div(rows, most), 1);
-  return min_of(round_up(ceil_div(rows, tiles), kBlockRows), round_up(most, kBlockRows));
-}
 
 // run(unit, the one after it or null) for every unit, on whichever thread is free; the state that runs them is made once a thread.
 template <class MakeState>
@@ -193,32 +186,6 @@ struct NormOf {
     }
   }
 };
-
-// --- dropout ------------------------------------------------------------------------------------------------------------------------------
-
-// What each weight is multiplied by, [rows][row]: 0 or keep_factor, for global rows of q and of k. The counter is (key row, query row / 4, head, 0), the word
-// that of query row % 4: four rows share one evaluation.
-template <class T>
-void dropout_factors(const Attention& a, int64_t head, int64_t first_query, int64_t rows, int64_t first_key, int64_t keys, T* out, int64_t row) {
-  const T factor = static_cast<T>(a.keep_factor);
-  for (int64_t group = first_query / 4; group * 4 < first_query + rows; ++group) {
-    for (int64_t j = 0; j < keys; j += kPhiloxLanes) {
-      PhiloxWords words;
-      for (int c = 0; c < kPhiloxLanes; ++c) {
-        words[0][c] = static_cast<uint32_t>(first_key + j) + static_cast<uint32_t>(c), words[1][c] = static_cast<uint32_t>(group);
-        words[2][c] = static_cast<uint32_t>(head), words[3][c] = 0;
-      }
-      philox(a.seed, words);
-      for (int64_t w = 0; w < 4; ++w) {
-        const int64_t i = group * 4 + w - first_query;
-        if (i < 0 || i >= rows) continue;
-        T* target = out + i * row + j;
-        const int64_t count = min_of<int64_t>(row - j, kPhiloxLanes);
-        for (int64_t c = 0; c < count; ++c) target[c] = words[w][c] > a.drop_limit ? factor : T(0);
-      }
-    }
-  }
-}
 
 // --- logits ------------------------------------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ _IN_ANOTHER_SIZE = {
     "re_attention": _retokened,
     "attention": _retokened,
     "patch_attention": _repatched,
+    "memory_attention": _retokened,
     "factorized_position_embedding": _replaced,
     "masked_pool": _repooled,
 }

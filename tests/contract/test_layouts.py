@@ -31,6 +31,7 @@ _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "factorized_position_embedding": lambda sample: torch.empty(sample.args[0].shape).stride(),
     "re_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
+    "memory_attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "patch_attention": lambda sample: torch.empty_like(sample.args[2]).stride(),
     "masked_pool": lambda sample: torch.empty(sample.kwargs["layout"].sequences, *sample.args[0].shape[1:]).stride(),
 }

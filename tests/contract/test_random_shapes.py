@@ -402,6 +402,43 @@ def _make_patch(drawn: dict[str, Any], device: str) -> Sample:
     return Sample(str(drawn), tuple(args), {"patch": drawn["patch"], "num_heads": drawn["heads"]})
 
 
+@st.composite
+def _memory(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    groups = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3 if small else 6))
+    return {
+        "batch": draw(st.integers(0, 3)),
+        "heads": draw(st.integers(1, 3)),
+        "groups": groups,
+        "queries": draw(st.integers(0, 2 if small else 9)) * len(groups),
+        "keys": draw(st.integers(0, 20 if small else 90)),
+        "dims": (draw(st.integers(1, 80)), draw(st.integers(1, 80))),
+        "own": draw(st.booleans()),
+        "in_one": draw(st.booleans()),
+        "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 5)),
+        "return_lse": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_memory(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    (dim, value_dim), groups, layouts = drawn["dims"], drawn["groups"], iter(drawn["layouts"])
+
+    def draw(tokens: int, width: int) -> Tensor:
+        tensor = torch.randn(drawn["batch"], drawn["heads"], tokens, width, generator=generator).to(drawn["dtype"])
+        return _arranged(tensor, next(layouts)).to(device)
+
+    q, k, v = draw(drawn["queries"], dim), draw(drawn["keys"], dim), draw(drawn["keys"], value_dim)
+    memory = (torch.randn(sum(groups), drawn["heads"], width, generator=generator).to(device, drawn["dtype"]) for width in (dim, value_dim))
+    kwargs: dict[str, Any] = {"return_lse": drawn["return_lse"]}
+    if drawn["own"]:
+        kwargs |= {"own_k": draw(drawn["queries"], dim), "own_v": draw(drawn["queries"], value_dim)}
+    if not drawn["in_one"]:
+        kwargs["groups"] = tuple(groups)
+    return Sample(str(drawn), (q, k, v, *memory), kwargs).mapped(lambda t: t.requires_grad_())
+
+
 # How to draw a call of each op, a small one for Triton's interpreter; a new op writes its own here.
 _DRAWN = {
     "separable_attention": (_attention, _make_attention),
@@ -415,6 +452,7 @@ _DRAWN = {
     "re_attention": (_re_attention, _make_re_attention),
     "attention": (_dense, _make_dense),
     "patch_attention": (_patch, _make_patch),
+    "memory_attention": (_memory, _make_memory),
 }
 
 

@@ -6,6 +6,7 @@ Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation
 from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
 from vitkernels.ops.dense.op import attention
 from vitkernels.ops.head_mixing.op import re_attention
+from vitkernels.ops.memory.op import memory_attention
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.packed.op import packed_attention, varlen_attention
 from vitkernels.ops.patch.op import patch_attention
@@ -21,6 +22,7 @@ __all__ = [
     "cascaded_group_attention_batch_norm",
     "factorized_position_embedding",
     "masked_pool",
+    "memory_attention",
     "packed_attention",
     "patch_attention",
     "re_attention",

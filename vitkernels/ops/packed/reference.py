@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,12 +122,16 @@ def keep_mask(seed: Tensor, heads: int, rows: Tensor, columns: Tensor, dropout_p
     return word > drop_limit(dropout_p)
 
 
-def keep_maps(seed: Tensor, shape: torch.Size, dropout_p: float) -> Tensor:
-    """Which elements of maps [B, H, N, M] dropout keeps: :func:`keep_mask` over B sequences of N queries and M keys, one after the other."""
+def keep_maps(seed: Tensor, shape: Sequence[int], dropout_p: float, stride: int | None = None) -> Tensor:
+    """Which elements of maps [B, H, N, M] dropout keeps: :func:`keep_mask` over B sequences of N queries and M keys, one after the other (or every
+    ``stride`` keys one).
+    """
     batch, heads, queries, keys = shape
+    stride = keys if stride is None else stride
     masks = []
     for b in range(batch):
-        rows, columns = (torch.arange(b * n, (b + 1) * n, device=seed.device) for n in (queries, keys))
+        rows = torch.arange(b * queries, (b + 1) * queries, device=seed.device)
+        columns = torch.arange(b * stride, b * stride + keys, device=seed.device)
         masks.append(keep_mask(seed, heads, rows, columns, dropout_p))
     return torch.stack(masks) if masks else seed.new_zeros(shape, dtype=torch.bool)
 

@@ -1,0 +1,246 @@
+"""The pre-norm layers of the three zoos' ViTs, seen from beside them: where the keys and values of the model's own tokens pass by, and what a layer
+does to a token that is not among them.
+
+Classes are recognised by their exact names: no zoo is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.integrations._fused import is_fused, origin, published, qualified
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Layer:
+    """One layer. Its modules are called, never bypassed: they may be adapted, quantised or accelerated.
+
+    Args:
+        module: the layer.
+
+    Attributes:
+        sources: modules whose outputs hold the keys and values of the model's tokens.
+        last: the module with whose call the layer is past them.
+    """
+
+    sources: tuple[nn.Module, ...]
+    last: nn.Module
+    scale: float
+
+    def keys(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, N, D] from what ``sources`` returned."""
+        raise NotImplementedError
+
+    def norm(self, x: Tensor) -> Tensor:
+        """What the layer's attention reads, of tokens [.., C]."""
+        raise NotImplementedError
+
+    def project(self, normed: Tensor) -> QKV:
+        """Queries, keys and values [B, H, N, D] of normed tokens [B, N, C]."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        """The tokens after the layer, from those before, normed, and attention's result [B, N, H D]."""
+        raise NotImplementedError
+
+    def dropout(self) -> float:
+        """The probability with which attention drops a weight now."""
+        raise NotImplementedError
+
+
+class _TimmLayer(Layer):
+    """``timm.models.vision_transformer.Block``."""
+
+    attention: ClassVar[str] = "timm.layers.attention.Attention"
+
+    def __init__(self, module: Any) -> None:
+        _expect(module.attn, self.attention)
+        self.block, self.attn, self.last = module, module.attn, module
+        self.scale = module.attn.scale
+        self.sources = (self.attn.qkv,) if isinstance(self.attn.k_norm, nn.Identity) else (self.attn.qkv, self.attn.k_norm)
+
+    def _split(self, qkv: Tensor) -> QKV:
+        q, k, v = qkv.unflatten(-1, (3, self.attn.num_heads, self.attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def keys(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        _, k, v = self._split(outputs[0])
+        return (outputs[1] if len(outputs) > 1 else k), v
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.block.norm1(x)
+
+    def project(self, normed: Tensor) -> QKV:
+        q, k, v = self._split(self.attn.qkv(normed))
+        return self.attn.q_norm(q), self.attn.k_norm(k), v
+
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        block, attn = self.block, self.attn
+        attended = attn.norm(attended)
+        if attn.gate is not None:
+            attended = attended * attn.gate(normed).sigmoid()
+        x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attended))))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def dropout(self) -> float:
+        return self.attn.attn_drop.p if self.attn.training else 0.0
+
+
+class _TransformersLayer(Layer):
+    """``transformers.models.vit.modeling_vit.ViTLayer``."""
+
+    attention: ClassVar[str] = "transformers.models.vit.modeling_vit.ViTAttention"
+
+    def __init__(self, module: Any) -> None:
+        _expect(module.attention, self.attention)
+        self.layer, self.attn, self.last = module, module.attention, module
+        self.scale = module.attention.scaling
+        self.sources = (self.attn.k_proj, self.attn.v_proj)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.attn.head_dim)).transpose(1, 2)
+
+    def keys(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self._heads(outputs[0]), self._heads(outputs[1])
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.layer.layernorm_before(x)
+
+    def project(self, normed: Tensor) -> QKV:
+        attn = self.attn
+        return self._heads(attn.q_proj(normed)), self._heads(attn.k_proj(normed)), self._heads(attn.v_proj(normed))
+
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        layer = self.layer
+        x = layer.dropout(self.attn.o_proj(attended)) + x
+        return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+
+    def dropout(self) -> float:
+        return self.attn.attention_dropout if self.attn.training else 0.0
+
+
+class _VitPytorchLayer(Layer):
+    """A pair of ``Attention`` and ``FeedForward`` of ``vit_pytorch.vit`` or ``vit_pytorch.learnable_memory_vit``; attention norms by itself."""
+
+    def __init__(self, module: Any, package: str) -> None:
+        self.attn, self.feed_forward = module
+        _expect(self.attn, f"{package}.Attention")
+        _expect(self.feed_forward, f"{package}.FeedForward")
+        self.last, self.scale = self.feed_forward, self.attn.scale
+        self.in_one = hasattr(self.attn, "to_qkv")
+        self.sources = (self.attn.to_qkv if self.in_one else self.attn.to_kv,)
+
+    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Of the last ``parts`` of queries, keys and values."""
+        return projected.unflatten(-1, (-1, self.attn.heads, projected.shape[-1] // (parts * self.attn.heads))).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def keys(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        *_, k, v = self._split(outputs[0], 3 if self.in_one else 2)
+        return k, v
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.attn.norm(x)
+
+    def project(self, normed: Tensor) -> QKV:
+        if self.in_one:
+            q, k, v = self._split(self.attn.to_qkv(normed), 3)
+        else:
+            (q,), (k, v) = self._split(self.attn.to_q(normed), 1), self._split(self.attn.to_kv(normed), 2)
+        return q, k, v
+
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        x = self.attn.to_out(attended) + x
+        return self.feed_forward(x) + x
+
+    def dropout(self) -> float:
+        return self.attn.dropout.p if self.attn.dropout.training else 0.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is known of one model.
+
+    Attributes:
+        layers: in their order.
+        width: C, of a token.
+        class_token: [C], what the model's own class token is when it enters the first layer; None if it has none.
+        norm: the model's last norm, or None.
+    """
+
+    layers: tuple[Layer, ...]
+    width: int
+    class_token: Tensor | None
+    norm: nn.Module | None
+
+
+def _timm(vit: Any) -> Frame:
+    token = None
+    if vit.cls_token is not None:
+        token = vit.cls_token[0, 0]
+        if vit.pos_embed is not None and not vit.no_embed_class:
+            token = token + vit.pos_embed[0, 0]
+        token = vit.norm_pre(token)
+    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", _TimmLayer), vit.embed_dim, token, vit.norm)
+
+
+def _transformers(vit: Any) -> Frame:
+    vit = getattr(vit, "vit", vit)
+    token = vit.embeddings.cls_token[0, 0]
+    if vit.embeddings.position_embeddings is not None:
+        token = token + vit.embeddings.position_embeddings[0, 0]
+    layers = _layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", _TransformersLayer)
+    return Frame(layers, vit.config.hidden_size, token, vit.layernorm)
+
+
+def _vit_pytorch(vit: Any) -> Frame:
+    token = vit.cls_token
+    if token is not None:
+        token = token.flatten(0, -2)[0] + vit.pos_embedding.flatten(0, -2)[0]
+    package = zoo_name(vit).rpartition(".")[0]
+    layers = tuple(_VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
+    last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
+    return Frame(layers, vit.pos_embedding.shape[-1], token, last)
+
+
+_FRAMES: dict[str, Callable[[Any], Frame]] = {
+    "timm.models.vision_transformer.VisionTransformer": _timm,
+    "transformers.models.vit.modeling_vit.ViTModel": _transformers,
+    "transformers.models.vit.modeling_vit.ViTForImageClassification": _transformers,
+    "vit_pytorch.vit.ViT": _vit_pytorch,
+    "vit_pytorch.learnable_memory_vit.ViT": _vit_pytorch,
+}
+
+
+def frame_of(vit: nn.Module) -> Frame:
+    """What is known of ``vit``.
+
+    Raises:
+        TypeError: it is of a class that is not known, or has a layer of one.
+    """
+    name = zoo_name(vit)
+    if name not in _FRAMES:
+        raise TypeError(f"memory: vit is a {name}; it must be one of {', '.join(_FRAMES)}")
+    with torch.no_grad():
+        return _FRAMES[name](vit)
+
+
+def zoo_name(module: nn.Module) -> str:
+    """The qualified name of a module's class as its zoo has it, accelerated or not."""
+    return qualified(published(origin(module)[0] if is_fused(module) else type(module)))
+
+
+def _expect(module: nn.Module, name: str) -> None:
+    if (found := zoo_name(module)) != name:
+        raise TypeError(f"memory: a layer of vit is a {found}; it must be a {name}")
+
+
+def _layers(modules: Any, name: str, kind: type[Any]) -> tuple[Layer, ...]:
+    for module in modules:
+        _expect(module, name)
+    return tuple(kind(module) for module in modules)
