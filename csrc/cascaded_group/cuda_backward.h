@@ -180,10 +180,10 @@ VITKERNELS_DEVICE void convolve_back(
     const int token = i / pairs, channel = 2 * (i % pairs), row = row_of(head.places[token]), column = column_of(head.places[token]);
     float x = 0, y = 0;
     if (token < tokens) {
-      for (int dy = max_of(-reach, row - w + 1); dy <= min_of(reach, row); ++dy) {
-        for (int dx = max_of(-reach, column - w + 1); dx <= min_of(reach, column); ++dx) {
-          const Pair<T> grad = load_pair(grad_q + (token - dy * w - dx) * head.key_stride + channel);
-          const Pair<T> tap = load_pair(head.taps + ((dy + reach) * side + dx + reach) * head.tap_stride + channel);
+      for (int y_to = max_of(0, row - reach); y_to <= min_of(w - 1, row + reach); ++y_to) {
+        for (int x_to = max_of(0, column - reach); x_to <= min_of(w - 1, column + reach); ++x_to) {
+          const Pair<T> grad = load_pair(grad_q + (y_to * w + x_to) * head.key_stride + channel);
+          const Pair<T> tap = load_pair(head.taps + ((row - y_to + reach) * side + column - x_to + reach) * head.tap_stride + channel);
           x += to_float(grad.first) * to_float(tap.first);
           y += to_float(grad.second) * to_float(tap.second);
         }
@@ -197,10 +197,11 @@ VITKERNELS_DEVICE void convolve_back(
   threads_over(warp, size * size * keys, [&](int i) {
     const int channel = i % keys, tap = i / keys, dy = tap / size - size / 2, dx = tap % size - size / 2;
     float sum = 0;
-    for (int row = max_of(0, -dy); row < min_of(w, w - dy); ++row) {
-      for (int column = max_of(0, -dx); column < min_of(w, w - dx); ++column) {
+    // Over the tokens that the tap reads, as in the forward: no distance changes its sign in a loop's length.
+    for (int row = max_of(0, dy); row < min_of(w, w + dy); ++row) {
+      for (int column = max_of(0, dx); column < min_of(w, w + dx); ++column) {
         const int token = row * w + column;
-        sum += to_float(grad_q[token * head.key_stride + channel]) * to_float(head.q_raw[(token + dy * w + dx) * head.key_stride + channel]);
+        sum += to_float(grad_q[(token - dy * w - dx) * head.key_stride + channel]) * to_float(head.q_raw[token * head.key_stride + channel]);
       }
     }
     partial.add(at + static_cast<int64_t>(channel) * size * size + tap, sum);

@@ -137,6 +137,9 @@ VITKERNELS_DEVICE void project_qkv(int warp, const Shape& shape, const Weights& 
 }
 
 // q = the depthwise convolution of q_raw, zero-padded at the window's edge.
+//
+// The loops run over the neighbours' own rows and columns, not over distances from -reach to reach: of max(-reach, -column) in a loop's length ptxas 13.0
+// makes a VIMNMX3 for sm_90 that takes column without its sign, and on an H200 a loop that starts left of the middle ran too far.
 template <class T>
 VITKERNELS_DEVICE void convolve(int warp, const Shape& shape, const Weights& weights, int index, const Head<T>& head) {
   const int w = shape.window, tokens = shape.tokens(), reach = reach_of(shape, index), side = 2 * reach + 1, pairs = padded(shape.key_dim) / 2;
@@ -149,10 +152,10 @@ VITKERNELS_DEVICE void convolve(int warp, const Shape& shape, const Weights& wei
         if (channel < shape.key_dim) x = to_float(bias[index * shape.key_dim + channel]);
         if (channel + 1 < shape.key_dim) y = to_float(bias[index * shape.key_dim + channel + 1]);
       }
-      for (int dy = max_of(-reach, -row); dy <= min_of(reach, w - 1 - row); ++dy) {
-        for (int dx = max_of(-reach, -column); dx <= min_of(reach, w - 1 - column); ++dx) {
-          const Pair<T> q = load_pair(head.q_raw + (token + dy * w + dx) * head.key_stride + channel);
-          const Pair<T> tap = load_pair(head.taps + ((dy + reach) * side + dx + reach) * head.tap_stride + channel);
+      for (int y_from = max_of(0, row - reach); y_from <= min_of(w - 1, row + reach); ++y_from) {
+        for (int x_from = max_of(0, column - reach); x_from <= min_of(w - 1, column + reach); ++x_from) {
+          const Pair<T> q = load_pair(head.q_raw + (y_from * w + x_from) * head.key_stride + channel);
+          const Pair<T> tap = load_pair(head.taps + ((y_from - row + reach) * side + x_from - column + reach) * head.tap_stride + channel);
           x += to_float(q.first) * to_float(tap.first);
           y += to_float(q.second) * to_float(tap.second);
         }

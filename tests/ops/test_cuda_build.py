@@ -125,6 +125,13 @@ def test_no_static_shared_memory(kernels: list[Kernel]) -> None:
     assert all(k.shared <= (1024 if k.architecture == "sm_90a" else 0) for k in kernels)
 
 
+def test_no_loop_meets_the_instruction_that_loses_a_sign(library: Path) -> None:
+    """cuda_forward.h, convolve: ptxas 13.0 for sm_90a takes max(-a, b, c), the length of a loop, as a VIMNMX3 of a. No kernel needs three operands."""
+    sass = subprocess.run([_cuobjdump(), "-sass", "-arch", "sm_90a", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "HMMA" in sass
+    assert "VIMNMX3" not in sass
+
+
 def test_a_spill_is_seen(tmp_path: Path) -> None:
     """The reader of budgets on a kernel that is refused the registers it needs."""
     source = tmp_path / "squeezed.cu"
