@@ -126,8 +126,9 @@ def test_no_static_shared_memory(kernels: list[Kernel]) -> None:
 
 
 def test_no_loop_meets_the_instruction_that_loses_a_sign(library: Path) -> None:
-    """cuda_forward.h, convolve: ptxas 13.0 for sm_90a takes max(-a, b, c), the length of a loop, as a VIMNMX3 of a. No kernel needs three operands."""
-    sass = subprocess.run([_cuobjdump(), "-sass", "-arch", "sm_90a", str(library)], capture_output=True, text=True, check=True).stdout
+    """cuda_forward.h, convolve: for sm_90a ptxas 13.0 makes of max(-a, b, c), the length of a loop, a VIMNMX3 of a, b and c."""
+    command = [_cuobjdump(), "-sass", "-arch", "sm_90a", str(library)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "HMMA" in sass
     assert "VIMNMX3" not in sass
 
