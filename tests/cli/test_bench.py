@@ -22,7 +22,7 @@ from vitkernels.cli import bench as command
 
 SELF = registry.get("separable_self_attention")
 SMALL = next(case for case in SELF.bench_cases if case.name == "B1 d256 N16")
-CASES = ("B1 d192", "M0s3", "small64", "T1024 d384", "T2048 d384", "B1 N197 d32 batch")  # of every op its smallest
+CASES = ("B1 d192", "M0s3", "small64", "T1024 d384", "T2048 d384", "B1 N197 d32 batch", "B1 N49 8x16", "B1 8x8 4x60", "B1 5 tasks")  # of every op its smallest
 QUICK = ("--quick", "--threads", 1, *(word for case in CASES for word in ("--case", case)))
 
 
@@ -211,3 +211,12 @@ def test_rows_serialise() -> None:
     rows, _ = benchmark.bench_case(SELF, SMALL, torch.float32, rounds=1, compiled=False, backward=True)
     assert all(row.copy_fraction is None for row in rows)
     assert json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))[0].keys() == set(benchmark.COLUMNS)
+
+
+def test_what_there_is_no_time_for_is_named(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "bench_case", lambda *a, **k: pytest.fail("the time was up"))
+    found = report("bench", "masked_pool", "--device", "cpu", "--seconds", 0)
+    assert found["rows"] == []
+    assert {(r["case"], r["reason"]) for r in found["refused"]} == {
+        (c.name, "left out: the time was up") for c in registry.get("masked_pool").bench_cases
+    }

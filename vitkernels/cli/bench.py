@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ _HEADERS = (
 @click.option("--backward/--no-backward", default=True, show_default=True, help="Also forward and backward together.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Let torch.compile take part (it compiles first).")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Timing rounds a case.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=None, help="Begin no case after this many; the report names those left out.")
 @click.option("--quick", is_flag=True, help="Two cases an op, 5 rounds, no torch.compile, float32 unless --dtype says otherwise.")
 @click.option("--tuned-malloc", is_flag=True, help="Run with glibc told to keep large blocks, so that neither side pays for fresh pages.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), default=None, help="Write CSV, plots and a Markdown report into this folder.")
@@ -68,6 +70,7 @@ def command(
     backward: bool,
     compiled: bool,
     rounds: int,
+    seconds: float | None,
     quick: bool,
     tuned_malloc: bool,
     folder: Path | None,
@@ -96,16 +99,21 @@ def command(
 
     rows: list[Row] = []
     refused: list[Refused] = []
+    begin = time.perf_counter()
     with steps(len(plan)) as progress:
         for spec, case, dtype, with_backward in plan:
             progress.start(f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')}{' forward+backward' if with_backward else ''}")
+            mode = "forward+backward" if with_backward else "forward"
+            missing = Refused(spec.name, case.name, str(dtype).removeprefix("torch."), mode, "any", "", wrong=False)
+            if seconds is not None and time.perf_counter() - begin > seconds:
+                refused.append(replace(missing, reason="left out: the time was up"))
+                continue
             try:
                 good, bad = benchmark.bench_case(
                     spec, case, dtype, target, backward=with_backward, compiled=compiled and not quick, rounds=min(rounds, 5) if quick else rounds
                 )
             except torch.OutOfMemoryError:
-                mode = "forward+backward" if with_backward else "forward"
-                good, bad = [], [Refused(spec.name, case.name, str(dtype).removeprefix("torch."), mode, EAGER, "out of memory", wrong=False)]
+                good, bad = [], [replace(missing, variant=EAGER, reason="out of memory")]
             rows += good
             refused += bad
             progress.advance()
