@@ -22,7 +22,11 @@ from vitkernels.cli import bench as command
 
 SELF = registry.get("separable_self_attention")
 SMALL = next(case for case in SELF.bench_cases if case.name == "B1 d256 N16")
-CASES = ("B1 d192", "M0s3", "small64", "T1024 d384", "T2048 d384", "B1 N197 d32 batch", "B1 N49 8x16", "B1 8x8 4x60", "B1 5 tasks")  # of every op its smallest
+# Of every op its smallest.
+CASES = (
+    *("B1 d192", "M0s3", "small64", "T1024 d384", "T2048 d384", "B1 N197 d32 batch"),
+    *("B1 N49 8x16", "B1 8x8 4x60", "B1 5 tasks"),
+)
 QUICK = ("--quick", "--threads", 1, *(word for case in CASES for word in ("--case", case)))
 
 
