@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
-from vitkernels.accuracy import Comparison
+from vitkernels.accuracy import Comparison, compare_tensors
 
 from . import conftest  # noqa: F401  a process that a test starts needs conftest's torchvision too
 
@@ -463,6 +464,40 @@ def assert_same(original: nn.Module, accelerated: nn.Module, images: Batch, *, t
     """Every comparison of :func:`judge` holds."""
     broken = [c for c in judge(original, accelerated, images, training=training, **options) if not c.holds]
     assert not broken, "\n".join(map(str, broken))
+
+
+def assert_same_in(dtype: torch.dtype, original: nn.Module, accelerated: nn.Module, images: Tensor) -> None:
+    """:func:`assert_same` with everything in a dtype, in evaluation and in training."""
+    for training in (False, True):
+        assert_same(original.to(dtype), accelerated.to(dtype), images.to(dtype), training=training)
+
+
+def assert_same_under_autocast(original: nn.Module, accelerated: nn.Module, images: Tensor) -> None:
+    """:func:`assert_same` under bfloat16 autocast, and every result of the original's dtype."""
+    fast, eager = (under_autocast(model, images, training=True) for model in (accelerated, original))
+    assert {name: tensor.dtype for name, tensor in fast.items()} == {name: tensor.dtype for name, tensor in eager.items()}
+    assert_same(original, accelerated, images, training=True, measure=under_autocast, eps=torch.finfo(torch.bfloat16).eps)
+
+
+def assert_same_compiled(original: nn.Module, accelerated: nn.Module, images: Tensor, other: Tensor, ours: type) -> None:
+    """:func:`assert_same` of the compiled model: without a graph break, forward and backward, and the ``other`` batch without another compilation.
+
+    ``ours``: a class of the accelerated model's alone, which alone is compiled.
+    """
+    torch.compiler.reset()
+
+    def call(model: nn.Module, images: Tensor) -> Any:
+        accelerated = any(isinstance(module, ours) for module in model.modules())
+        return torch.compile(model, fullgraph=True, backend="aot_eager")(images) if accelerated else model(images)
+
+    assert_same(original, accelerated, images, training=True, measure=functools.partial(results, call=call))
+    compiled = torch.compile(accelerated.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
+    original.eval()
+    with torch.no_grad():
+        compiled(images)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            exact = logits(copy.deepcopy(original).double()(other.double()))
+            assert compare_tensors("compiled", logits(compiled(other)), logits(original(other)), exact).holds
 
 
 class Largest(TorchDispatchMode):

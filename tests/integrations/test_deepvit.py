@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import os
 import re
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels import backends
-from vitkernels.accuracy import compare_tensors
 from vitkernels.integrations import head_mixing
 from vitkernels.nn import ReAttention as OurReAttention
 from vitkernels.ops.packed.reference import keep_maps
@@ -277,17 +275,14 @@ def test_any_number_of_tokens(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_low_precision(kind: str, dtype: torch.dtype, images: Tensor) -> None:
     original, accelerated, handle = pair(MODELS[kind](), images)
-    for training in (False, True):
-        zoo.assert_same(original.to(dtype), accelerated.to(dtype), images.to(dtype), training=training)
+    zoo.assert_same_in(dtype, original, accelerated, images)
     assert not handle.fallbacks
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_autocast(kind: str, images: Tensor) -> None:
     original, accelerated, handle = pair(MODELS[kind](), images)
-    fast, eager = (zoo.under_autocast(model, images, training=True) for model in (accelerated, original))
-    assert {name: tensor.dtype for name, tensor in fast.items()} == {name: tensor.dtype for name, tensor in eager.items()}
-    zoo.assert_same(original, accelerated, images, training=True, measure=zoo.under_autocast, eps=torch.finfo(torch.bfloat16).eps)
+    zoo.assert_same_under_autocast(original, accelerated, images)
     assert not handle.fallbacks
 
 
@@ -295,21 +290,7 @@ def test_autocast(kind: str, images: Tensor) -> None:
 def test_torch_compile(kind: str, images: Tensor) -> None:
     """Without a graph break, forward and backward, and another batch without another compilation."""
     original, accelerated, handle = pair(MODELS[kind](), images)
-    torch.compiler.reset()
-
-    def call(model: nn.Module, images: Tensor) -> Tensor:
-        ours = any(isinstance(module, head_mixing.Attention) for module in model.modules())
-        return torch.compile(model, fullgraph=True, backend="aot_eager")(images) if ours else model(images)
-
-    zoo.assert_same(original, accelerated, images, training=True, measure=functools.partial(zoo.results, call=call))
-    compiled = torch.compile(accelerated.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
-    original.eval()
-    with torch.no_grad():
-        compiled(images)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            batch = zoo.photos(32, 3)
-            exact = copy.deepcopy(original).double()(batch.double())
-            assert compare_tensors("compiled", compiled(batch), original(batch), exact).holds
+    zoo.assert_same_compiled(original, accelerated, images, zoo.photos(32, 3), head_mixing.Attention)
     assert not handle.fallbacks
 
 

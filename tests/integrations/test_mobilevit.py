@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels import backends, ops
-from vitkernels.accuracy import compare_tensors
 from vitkernels.integrations import dense
 
 from .. import zoo
@@ -236,17 +234,14 @@ def test_attention_dropout(kind: str, options: dict[str, Any], x: Tensor) -> Non
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_low_precision(kind: str, dtype: torch.dtype, x: Tensor) -> None:
     original, accelerated, handle = pair(BLOCKS[kind](), x)
-    for training in (False, True):
-        zoo.assert_same(original.to(dtype), accelerated.to(dtype), x.to(dtype), training=training)
+    zoo.assert_same_in(dtype, original, accelerated, x)
     assert not handle.fallbacks
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_autocast(kind: str, x: Tensor) -> None:
     original, accelerated, handle = pair(BLOCKS[kind](), x)
-    fast, eager = (zoo.under_autocast(model, x, training=True) for model in (accelerated, original))
-    assert {name: tensor.dtype for name, tensor in fast.items()} == {name: tensor.dtype for name, tensor in eager.items()}
-    zoo.assert_same(original, accelerated, x, training=True, measure=zoo.under_autocast, eps=torch.finfo(torch.bfloat16).eps)
+    zoo.assert_same_under_autocast(original, accelerated, x)
     assert not handle.fallbacks
 
 
@@ -257,21 +252,7 @@ _ONE_LAYER: dict[str, dict[str, Any]] = {"timm": {"transformer_depth": 1}, "tran
 def test_torch_compile(kind: str, x: Tensor) -> None:
     """Without a graph break, forward and backward, and another batch without another compilation."""
     original, accelerated, handle = pair(BLOCKS[kind](**_ONE_LAYER[kind]), x)
-    torch.compiler.reset()
-
-    def call(model: nn.Module, x: Tensor) -> Tensor:
-        ours = any(isinstance(module, dense.MapBlock) for module in model.modules())
-        return torch.compile(model, fullgraph=True, backend="aot_eager")(x) if ours else model(x)
-
-    zoo.assert_same(original, accelerated, x, training=True, measure=functools.partial(zoo.results, call=call))
-    compiled = torch.compile(accelerated.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
-    original.eval()
-    with torch.no_grad():
-        compiled(x)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            batch = feature_map(batch=3)
-            exact = copy.deepcopy(original).double()(batch.double())
-            assert compare_tensors("compiled", compiled(batch), original(batch), exact).holds
+    zoo.assert_same_compiled(original, accelerated, x, feature_map(batch=3), dense.MapBlock)
     assert not handle.fallbacks
 
 
