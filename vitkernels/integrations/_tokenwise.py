@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from vitkernels.integrations._fused import Fused, published, qualified
@@ -34,6 +35,7 @@ class Layers:
     def __init__(self, parts: Mapping[str, type[Inner]], known: Iterable[str] = ()) -> None:
         self._parts, self._kinds = parts, tuple(parts.values())
         self._known = frozenset(known) | _TOKENWISE
+        self._seen: set[type] = set()  # classes whose names were found there: a look-up by class is quicker
 
     def parts_of(self, modules: Iterable[nn.Module]) -> dict[nn.Module, type[Fused]]:
         """The layers to replace in ``modules``."""
@@ -43,32 +45,38 @@ class Layers:
     def why_not(self, modules: Iterable[nn.Module], *, running: bool, calm: bool = False) -> str | None:
         """Why ``modules`` cannot be run so; ``running``: the parts are replaced already; ``calm``: nor may any draw random numbers in this call.
 
-        Beside a small block this walk is no small matter: attributes are read where PyTorch keeps them.
+        Beside a small block this walk is no small matter: attributes are read where PyTorch keeps them, and nothing empty is looped over.
         """
-        stack = list(modules)
+        stack: list[nn.Module | None] = list(modules)
+        # A graph that torch.compile makes would be guarded by it, and made anew with every class that another model brings.
+        seen: set[type] = set() if torch.compiler.is_compiling() else self._seen
         while stack:
-            module = stack.pop()
+            if (module := stack.pop()) is None:
+                continue
             own, cls = module.__dict__, type(module)
             if _checks.hooked(module) and _checks.watched(module):
                 return f"its {cls.__name__} {_checks.HOOKED}"
-            skipped: Container[str] = ()
-            if not issubclass(cls, self._kinds):
-                name = _name(module)
-                kind = None if running else self._parts.get(name)
-            else:
-                name, kind = "", cls
-            if kind is not None:
-                if (reason := kind._vk_why_not_layers(module)) is not None:
-                    return reason
-                skipped = kind._vk_skips
-            elif name not in self._known:
-                return f"its {cls.__name__} is not known to work on each token by itself"
+            children = own["_modules"]
+            if cls not in seen:
+                kind = cls if issubclass(cls, self._kinds) else None if running else self._parts.get(_name(module))
+                if kind is not None:
+                    if (reason := kind._vk_why_not_layers(module)) is not None:
+                        return reason
+                    children = {name: child for name, child in children.items() if name not in kind._vk_skips}
+                elif _name(module) in self._known:
+                    seen.add(cls)
+                else:
+                    return f"its {cls.__name__} is not known to work on each token by itself"
             if calm and own["training"] and _draws(own):
                 return "its layers draw random numbers in this call"
-            for parameter in own["_parameters"].values():
-                if parameter is not None and (reason := _checks.why_not_weight("a weight inside", parameter)) is not None:
-                    return reason
-            stack += [child for name, child in own["_modules"].items() if child is not None and name not in skipped]
+            if parameters := own["_parameters"]:
+                for parameter in parameters.values():
+                    if type(parameter) is nn.Parameter or parameter is None:
+                        continue
+                    if (reason := _checks.why_not_weight("a weight inside", parameter)) is not None:
+                        return reason
+            if children:
+                stack += children.values()
         return None
 
 

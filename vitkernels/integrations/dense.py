@@ -55,9 +55,14 @@ class Attention(_tokenwise.Inner):
         return "in training, dropout draws other masks than the original, of the same probability" if cls._vk_dropout(module) > 0 else ""
 
     def _vk_takes(self, x: Any, *, dims: int = 3, reason: str | None = None) -> bool:
-        """Whether this call can be fused; the reason (``reason``, if given) is kept for the handle's report if not."""
+        """Whether this call can be fused; the reason (``reason``, if given) is kept for the handle's report if not.
+
+        A map comes from a :class:`MapBlock`, which has looked at everything in it before it decided to hand on maps.
+        """
+        if reason is None and type(x) is Tensor and x.dim() == _MAP_DIMS:
+            return True
         reason = reason or _checks.why_not_tensor(x) or self._vk_why_not_layers(self)
-        if reason is None and x.dim() not in (dims, _MAP_DIMS):
+        if reason is None and x.dim() != dims:
             reason = f"the input has {x.dim()} dimensions"
         if reason is None and not (self._vk_forms_maps and x.is_cuda):
             reason = why_no_kernel(self._vk_op, x)
@@ -91,7 +96,7 @@ def patch_of(x: Tensor) -> Patch:
 def split(x: Tensor, heads: int, count: int = 1) -> tuple[Tensor, ...]:
     """A projection's ``count`` parts, all of them views: tokens [B, N, count H D] as [B, H, N, D] each, a map as [B, H D, H', W'] each."""
     if x.dim() == _MAP_DIMS:
-        return _as_map(x).chunk(count, dim=1)
+        return _as_map(x).chunk(count, dim=1) if count > 1 else (_as_map(x),)
     batch, tokens, _ = x.shape
     return x.reshape(batch, tokens, count, heads, x.shape[2] // (count * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 

@@ -27,6 +27,19 @@ def floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it must be a floating dtype")
 
 
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def of_a_kind(x: Tensor, y: Tensor, z: Tensor) -> bool:
+    """Whether three tensors share a floating dtype, a device and strides, in one look: what to say of those that do not is for the checks above."""
+    dtype, device, dense = x.dtype, x.device, torch.strided
+    return (
+        (dtype in _FLOATING and y.dtype is dtype and z.dtype is dtype)
+        and (y.device == device and z.device == device)
+        and (x.layout is dense and y.layout is dense and z.layout is dense)
+    )
+
+
 def same_kind(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """``tensor`` has the dtype and the device of ``like``."""
     if tensor.dtype is not like.dtype:

@@ -45,6 +45,36 @@ def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] =
     Paper: MobileViT, arXiv 2110.02178, section 3.1, equation 1.
     """
     op = "patch_attention"
+    if isinstance(q, Tensor) and (dtype := _define.autocast_dtype(q.device.type)) is not None:
+        q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
+    if not _agree(q, k, v, patch, num_heads):
+        _refuse(op, q, k, v, patch, num_heads)
+    scale = (q.shape[1] // num_heads) ** -0.5 if scale is None else float(scale)
+
+    chosen = backends.select(op, q)
+    if chosen == "reference":
+        return reference.patch_attention(q, k, v, patch=(patch[0], patch[1]), heads=num_heads, scale=scale)
+    out, _ = _define.call(_OPS[chosen], _define.differentiable(q, k, v), q, k, v, *patch, num_heads, scale)
+    return out
+
+
+def _agree(q: Tensor, k: Tensor, v: Tensor, patch: Any, heads: int) -> bool:
+    """Whether all is right, in one look: on a small map the messages would cost as much as the kernel."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == v.dim() == 4 and k.shape == q.shape):
+        return False
+    if not (isinstance(patch, tuple) and len(patch) == 2 and isinstance(patch[0], int) and isinstance(patch[1], int)):
+        return False
+    (batch, channels, height, width), (v_batch, v_channels, v_height, v_width), (ph, pw) = q.shape, v.shape, patch
+    return (
+        (v_batch == batch and v_height == height and v_width == width)
+        and (ph > 0 and pw > 0 and height % ph == 0 and width % pw == 0)
+        and (heads > 0 and channels > 0 and v_channels > 0 and channels % heads == 0 and v_channels % heads == 0)
+        and _check.of_a_kind(q, k, v)
+    )
+
+
+def _refuse(op: str, q: Tensor, k: Tensor, v: Tensor, patch: Any, num_heads: int) -> None:
+    """Say what is wrong."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         symbols = "[B, C_v, H, W]" if name == "v" else "[B, C, H, W]"
         _check.is_tensor(op, name, tensor, symbols)
@@ -52,11 +82,9 @@ def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] =
         _check.floating(op, name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be 4-dimensional, {symbols}")
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
-        q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
     _check.same_kind(op, "k", k, "q", q)
     _check.same_kind(op, "v", v, "q", q)
-    batch, channels, height, width = q.shape
+    batch, _, height, width = q.shape
     _check.has_shape(op, "k", k, q.shape, "[B, C, H, W] of q")
     _check.has_shape(op, "v", v, (batch, v.shape[1], height, width), "[B, C_v, H, W] with q's B, H and W")
     if not (isinstance(patch, tuple | list) and len(patch) == 2 and all(isinstance(p, int) for p in patch)):
@@ -66,14 +94,6 @@ def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] =
     for name, tensor in (("q", q), ("v", v)):
         if num_heads < 1 or tensor.shape[1] % num_heads or tensor.shape[1] == 0:
             raise ValueError(f"{op}: num_heads is {num_heads}; it must divide the {tensor.shape[1]} channels of {name}, at least 1")
-    scale = (channels // num_heads) ** -0.5 if scale is None else float(scale)
-
-    chosen = backends.select(op, q)
-    if chosen == "reference":
-        return reference.patch_attention(q, k, v, patch=(patch[0], patch[1]), heads=num_heads, scale=scale)
-    namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
-    out, _ = _define.call(namespace.patch_attention.default, _define.differentiable(q, k, v), q, k, v, *patch, num_heads, scale)
-    return out
 
 
 # --- vitkernels::patch_attention ------------------------------------------------------------------------------------------------------
@@ -118,3 +138,4 @@ _define.define(
     backward=_backward,
 )
 _define.implement_in_triton("patch", "patch_attention")
+_OPS = {"native": torch.ops.vitkernels.patch_attention.default, "triton": torch.ops.vitkernels_triton.patch_attention.default}
