@@ -1,4 +1,4 @@
-"""``ops.attention`` against PyTorch's ``scaled_dot_product_attention`` on 40 shapes: where ``auto`` hands over, and that it is nowhere slower.
+"""``ops.attention`` against PyTorch's ``scaled_dot_product_attention`` on 44 shapes: where ``auto`` hands over, and that it is nowhere slower.
 
 ``python benchmarks/sweep_attention.py --out benchmarks/results/attention`` writes ``sweep.csv`` and ``sweep.md``: the forward, or with ``--backward``
 that and the gradients of q, k and v, all contenders interleaved in the same rounds.

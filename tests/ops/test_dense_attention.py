@@ -147,3 +147,14 @@ def test_what_is_handed_over() -> None:
     assert op._for_torch("reference", q, q, q, return_lse=True) is None
     assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is None
     assert op._for_torch("reference", torch.ones(2, 4, 9, 16), q, q) is None
+
+
+def test_few_logits_in_training_are_handed_over() -> None:
+    """On a CPU, where autograd in Python would cost more than the kernels; not in inference, not when compiled, not where there is more to do."""
+    q = torch.ones(1, 16, 16, 16, requires_grad=True)
+    assert "autograd" in (op._for_torch("native", q, q, q) or "")
+    assert op._for_torch("native", q.detach(), q.detach(), q.detach()) is None
+    assert op._for_torch("native", q, q, q, dropout_p=0.1) is None
+    assert op._for_torch("native", *[torch.ones(1, 16, 17, 16, requires_grad=True)] * 3) is None
+    with torch.no_grad():
+        assert op._for_torch("native", q, q, q) is None

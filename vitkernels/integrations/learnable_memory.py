@@ -22,8 +22,8 @@ class Attention(PlainAttention):
     """``Attention``: memory is shared by the batch, so it is projected once and not repeated; a mask is the kernel's."""
 
     @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return module.to_q.weight
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.to_q
 
     def _vk_split(self, x: Tensor) -> Tensor:
         """[.., N, H D] to [.., H, N, D]."""

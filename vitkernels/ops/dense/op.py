@@ -17,6 +17,9 @@ from vitkernels.ops import _check, _define
 from vitkernels.ops.dense import reference
 
 
+_FEW_LOGITS = 4096
+
+
 def _for_torch(
     chosen: str,
     q: Tensor,
@@ -31,12 +34,16 @@ def _for_torch(
 ) -> str | None:
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
-    On a CPU never: on no shape of benchmarks/sweep_attention.py was handing over the faster way. On a GPU where the alternative is the definition,
-    which forms the logits. What PyTorch has no fused kernel for stays here.
+    On a GPU where the alternative is the definition, which forms the logits; on a CPU in training, where the logits are so few that what autograd costs
+    in Python is more than the kernels (benchmarks/sweep_attention.py: 16 tokens of one image). What PyTorch has no fused kernel for stays here.
     """
-    if chosen != "reference" or q.device.type != "cuda":
-        return None
     if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
+        return None
+    if chosen == "native":
+        if torch.compiler.is_compiling() or not _define.differentiable(q, k, v) or q.shape[:3].numel() * k.shape[2] > _FEW_LOGITS or dropout_p > 0:
+            return None
+        return "of so few logits PyTorch's own autograd is faster than one written in Python"
+    if chosen != "reference" or q.device.type != "cuda":
         return None
     return "on a GPU PyTorch's fused attention is faster than the definition, and the Triton kernels are not proved on this one"
 
@@ -88,7 +95,7 @@ def attention(
     """
 
     def for_torch(chosen: str) -> str | None:
-        return _for_torch(chosen, q, k, v, bias=bias, key_padding=key_padding, return_lse=return_lse)
+        return _for_torch(chosen, q, k, v, bias=bias, key_padding=key_padding, dropout_p=dropout_p, return_lse=return_lse)
 
     out, lse = run("attention", q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout_p, for_torch=for_torch)
     return (out, lse.to(_define.accumulation_dtype(q.dtype))) if return_lse else out
