@@ -33,8 +33,8 @@ def _for_torch(
 ) -> str | None:
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
-    On a GPU where the alternative is the definition, which forms the logits; on a CPU in training, where the logits are so few that autograd in Python
-    costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
+    On a GPU where the alternative is the definition, which forms the logits; on a CPU in training, where the logits are so few that autograd in
+    Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
     """
     if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
         return None
