@@ -522,16 +522,16 @@ def largest_tensor(model: nn.Module, batch: Batch) -> int:
 
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Bytes of all tensors that a forward pass keeps for the backward pass, parameters not counted."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held until all are counted: what is freed could be handed out, and missed, again
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = logits(forward(model, batch))
-    assert output.requires_grad  # and so everything counted is still there: no address was used twice
-    return sum(kept.values())
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
