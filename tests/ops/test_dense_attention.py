@@ -154,6 +154,7 @@ def test_few_logits_in_training_are_handed_over() -> None:
     q = torch.ones(1, 16, 16, 16, requires_grad=True)
     assert "autograd" in (op._for_torch("native", q, q, q) or "")
     assert op._for_torch("native", q.detach(), q.detach(), q.detach()) is None
+    assert op._for_torch("native", *[q.detach().bfloat16().requires_grad_()] * 3) is None
     assert op._for_torch("native", q, q, q, dropout_p=0.1) is None
     assert op._for_torch("native", *[torch.ones(1, 16, 17, 16, requires_grad=True)] * 3) is None
     with torch.no_grad():

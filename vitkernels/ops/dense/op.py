@@ -33,13 +33,15 @@ def _for_torch(
 ) -> str | None:
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
-    On a GPU where the alternative is the definition, which forms the logits; on a CPU in training, where the logits are so few that autograd in
-    Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
+    On a GPU where the alternative is the definition, which forms the logits; on a CPU in float32 training, where the logits are so few that autograd
+    in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
     """
     if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
         return None
     if chosen == "native":
-        if torch.compiler.is_compiling() or not _define.differentiable(q, k, v) or q.shape[:3].numel() * k.shape[2] > _FEW_LOGITS or dropout_p > 0:
+        if torch.compiler.is_compiling() or q.dtype is not torch.float32 or dropout_p > 0:
+            return None
+        if q.shape[:3].numel() * k.shape[2] > _FEW_LOGITS or not _define.differentiable(q, k, v):
             return None
         return "of so few logits PyTorch's own autograd is faster than one written in Python"
     if chosen != "reference" or q.device.type != "cuda":
