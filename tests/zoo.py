@@ -500,6 +500,19 @@ def assert_same_compiled(original: nn.Module, accelerated: nn.Module, images: Te
             assert compare_tensors("compiled", logits(compiled(other)), logits(original(other)), exact).holds
 
 
+class Copies(TorchDispatchMode):
+    """Elements of every copy that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default):
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation makes."""
 

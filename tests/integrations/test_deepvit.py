@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels import backends
@@ -309,26 +308,13 @@ def test_no_map_is_formed_or_kept(kind: str) -> None:
     assert zoo.saved_bytes(accelerated, images) < zoo.saved_bytes(original, images) - 2 * per_layer * 0.9
 
 
-class _Copies(TorchDispatchMode):
-    """Elements of every copy that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default):
-            self.sizes.append(args[0].numel())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_tokens_are_copied_once(kind: str) -> None:
     """q, k and v are views of their projection; only the output is brought back to [B, N, H D]."""
     model = nn.Sequential(MODELS[kind]().eval())
     vitkernels.accelerate(model)
     attention, x = model.get_submodule(f"0.{ATTENTIONS[kind][1]}"), torch.randn(2, 17, 48)
-    with torch.no_grad(), _Copies() as found:
+    with torch.no_grad(), zoo.Copies() as found:
         attention(x)
     assert [size for size in found.sizes if size >= x.numel()] == [x.numel()]
 

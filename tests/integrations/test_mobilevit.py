@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels import backends, ops
@@ -263,25 +262,12 @@ def test_swap_and_revert(kind: str, x: Tensor) -> None:
         pass
 
 
-class _Copies(TorchDispatchMode):
-    """Elements of every copy that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default):
-            self.sizes.append(args[0].numel())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_the_map_is_copied_twice(kind: str, x: Tensor) -> None:
     """To channels last and back, around the whole transformer: not once in it."""
     model = BLOCKS[kind]().eval()
     vitkernels.accelerate(model)
-    with torch.no_grad(), _Copies() as found:
+    with torch.no_grad(), zoo.Copies() as found:
         model(x)
     assert [size for size in found.sizes if size >= 2 * 40 * 64] == [2 * 40 * 64] * 2
 
