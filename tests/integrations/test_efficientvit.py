@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import vitkernels
 from vitkernels.nn import _cascade
+from vitkernels.nn._derived import Derived
 
 from .. import zoo
 from ..zoo import reasons
@@ -705,3 +706,19 @@ def test_other_threads_may_call(x: Tensor, attention: nn.Module) -> None:
     with ThreadPoolExecutor(4) as pool:
         for y in pool.map(call, range(32)):
             assert torch.equal(y, expected)
+
+
+def test_values_made_while_another_thread_writes() -> None:
+    """The other thread's write and call fall between making a value and keeping it; here one inside of the other, to be so every time."""
+    norm = nn.BatchNorm1d(3)
+    entry = Derived(lambda module: None, lambda module: None).entry(norm)
+
+    def make() -> float:
+        before = norm.weight[0].item()
+        if before == 1:
+            norm.weight.fill_(2)
+            assert entry.value("key", make) == 2
+        return before
+
+    assert entry.value("key", make) == 1
+    assert entry.value("key", make) == 2, "a value of the old weights was kept for the new ones"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_
 from typing import Any, Generic, TypeVar
@@ -57,15 +58,22 @@ class _Snapshot:
         )
 
 
+@dataclass(frozen=True)
+class _State(Generic[Value]):
+    """The values made while the tensors bore these marks, and what keeps the tensors' memory from being handed out again."""
+
+    marks: list[int]
+    sources: list[Tensor]
+    kept: dict[Hashable, Value]
+
+
 class _Entry(Generic[Plan, Value]):
     """What is known of one module."""
 
     def __init__(self, module: nn.Module, plan: Plan, settings: Any) -> None:
         self.snapshot = _Snapshot(module)
         self.plan, self.settings = plan, settings
-        self._marks: list[int] = []
-        self._sources: list[Tensor] = []
-        self._kept: dict[Hashable, Value] = {}
+        self._state: _State[Value] = _State([], [], {})
 
     def value(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """``make()`` without gradients, or what it returned for this ``key`` if no tensor was written since."""
@@ -74,21 +82,21 @@ class _Entry(Generic[Plan, Value]):
             marks = [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]
         except RuntimeError:  # inference tensors count no versions
             return _without_gradient(make)
-        if marks != self._marks:
+        state = self._state  # read and replaced as one: other threads may be here, too
+        if marks != state.marks:
             # `parameter.data = other` (as in module.half()) changes neither identity nor version: only the address tells, as long as
             # the old memory is held and cannot be handed out again.
-            self._sources = [tensor.detach() for tensor in tensors]
-            self._marks, self._kept = marks, {}
-        if key not in self._kept:
+            state = self._state = _State(marks, [tensor.detach() for tensor in tensors], {})
+        if key not in state.kept:
             value = _without_gradient(make)
             if _written_unseen(tensors):
                 return value
-            self._kept[key] = value
-        return self._kept[key]
+            state.kept[key] = value
+        return state.kept[key]
 
     def forget(self) -> None:
         """Drop the values: somebody may write the tensors by ways that count no version (``parameter.data.add_()``, some fused optimizers)."""
-        self._marks, self._sources, self._kept = [], [], {}
+        self._state = _State([], [], {})
 
 
 def _without_gradient(make: Callable[[], Value]) -> Value:
