@@ -16,15 +16,17 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 REPORT ?= demo-report
 RESULTS ?= benchmarks/results
 JOBS ?= 2
+PYTEST := $(RUN) -m pytest --quiet -rfE
 TRITON_TESTS := test-triton-contract test-triton-ops
 ISA_TESTS := test-avx512_bf16 test-avx512 test-avx2 test-baseline
-PARTS := $(TRITON_TESTS) test-contract test-cpp $(ISA_TESTS)
+PARTS := test-triton-contract test-contract test-models $(ISA_TESTS) test-rest test-triton-ops test-cpp
+MODEL_TESTS := tests/integrations tests/convergence
 NATIVE_SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*') vitkernels/builder.py setup.py pyproject.toml
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-python $(PARTS) bench gpu lint clean distclean
+.PHONY: setup demo test $(PARTS) bench gpu lint clean distclean
 
 setup: $(VENV)/.native
 
@@ -48,11 +50,11 @@ $(VENV)/.native: $(VENV)/.requirements $(NATIVE_SOURCES)
 demo: setup
 	@$(RUN) -m vitkernels demo --out $(REPORT) $(DEMO_ARGUMENTS)
 
-# The parts that keep one core busy run side by side, the longest first, each one's output in one piece; what uses every core comes last and alone, so
-# that pytest's closing lines end the output.
+# The parts run side by side, the longest first, each one's output in one piece. Two threads in each, as the kernels run with, that do not spin while they
+# wait, since another part has the other core.
+test: export OMP_WAIT_POLICY := passive
 test: setup
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(PARTS)
-	@$(MAKE) --no-print-directory test-python
 
 test-cpp: setup
 	@if ! command -v cmake >/dev/null; then \
@@ -63,29 +65,33 @@ test-cpp: setup
 	  ctest --test-dir build/cmake --output-on-failure; \
 	fi
 
-# Two threads, as the kernels run with; they do not spin while they wait, since another part has the other core.
 test-contract: setup
 	@echo "contract of every backend, with the instruction set of this CPU"
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest --quiet tests/contract
+	@$(PYTEST) tests/contract
 
-test-python: setup
-	@$(RUN) -m pytest --ignore=tests/contract
+test-models: setup
+	@echo "models, original against accelerated"
+	@$(PYTEST) $(MODEL_TESTS)
+
+test-rest: setup
+	@echo "everything else"
+	@$(PYTEST) tests --ignore=tests/contract $(addprefix --ignore=,$(MODEL_TESTS))
 
 # test-contract runs the instruction set that is detected; what the contract says about kernels holds for the others, too, those this CPU can run.
 OTHER_ISA = from vitkernels import host, native; print(native.cpu_isa() == '$*' != host.isa_report().detected)
 $(ISA_TESTS): test-%: setup
-	@export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive VITKERNELS_CPU_ISA=$*; \
+	@export OMP_NUM_THREADS=1 VITKERNELS_CPU_ISA=$*; \
 	other=$$($(RUN) -c "$(OTHER_ISA)"); \
 	if [ "$$other" = True ]; then \
 	  echo "contract of the native backend on $*"; \
-	  $(RUN) -m pytest --quiet tests/contract -m kernel -k native; \
+	  $(PYTEST) tests/contract -m kernel -k native; \
 	else \
 	  echo "contract of the native backend on $*: not run by itself (it is the detected one, or cannot run here)"; \
 	fi
 
 $(TRITON_TESTS): test-triton-%: setup
 	@echo "Triton kernels in the interpreter, tests/$*"
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest --quiet tests/$* -k triton
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/$* -k triton
 
 bench: setup
 	@$(RUN) -m vitkernels bench --out $(RESULTS)

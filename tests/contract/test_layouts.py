@@ -130,6 +130,8 @@ def _arrangements(grad: Tensor) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_gradient_arrives_in_any_layout(target: Target, dtype: torch.dtype, poison: None) -> None:
+    if target.interpreted and dtype is torch.bfloat16:
+        pytest.skip("the strides are read by the same lines in float32, and the interpreter takes minutes")
     for sample in target.every(5, dtype, grad=True):
         grad, *rest = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
         for how, arranged in _arrangements(grad):
