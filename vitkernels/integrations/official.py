@@ -5,6 +5,8 @@ MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, `
 EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
 ``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
 
+DETR: ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` with ``with_pos_embed`` and ``normalize_before``.
+
 DeepViT: ``ReAttention`` with ``qkv``, ``reatten_matrix``, ``var_norm`` and ``proj``, in a ``DeepVisionTransformer`` with ``blocks`` and ``cos_reg``.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import head_mixing
+from vitkernels.integrations import detr, head_mixing
 from vitkernels.integrations._fused import Fused, Role, fell_back, published
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
@@ -92,6 +94,8 @@ def _channels(attention: Any) -> int:
     return attention.proj[1].weight.shape[0] if isinstance(attention.proj[1], nn.Conv2d) else attention.proj[1][0].weight.shape[0]
 
 
+_FEED_FORWARD = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+_POSITIONED = ("with_pos_embed", "normalize_before", "activation")
 _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] = {
     "LinearSelfAttention": (
         CvnetsAttention,
@@ -111,6 +115,13 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         {"qkv", "attn_drop", "proj", "proj_drop"},
         {"reatten_matrix", "var_norm"},
         ("num_heads", "scale", "apply_transform"),
+    ),
+    "TransformerEncoderLayer": (detr.AuthorsEncoderLayer, {"self_attn", *_FEED_FORWARD}, set(), _POSITIONED),
+    "TransformerDecoderLayer": (
+        detr.AuthorsDecoderLayer,
+        {"self_attn", "multihead_attn", *_FEED_FORWARD, "norm3", "dropout3"},
+        set(),
+        _POSITIONED,
     ),
     "DeepVisionTransformer": (
         head_mixing.AuthorsModel,
