@@ -254,8 +254,8 @@ class SetCriterion(nn.Module):
         if "labels" in self.losses:
             losses["loss_ce"] = self.classification(logits, where, labels, boxes)
             if last:
-                hit = (logits[where].argmax(-1) == labels).to(logits.dtype)
-                losses["class_error"] = 100 - 100 * hit.mean() if len(labels) else 100 - logits.new_zeros([])
+                hits = (logits[where].argmax(-1) == labels).float().sum()
+                losses["class_error"] = 100 - hits * (100 / max(len(labels), 1))
         if "cardinality" in self.losses:
             with torch.no_grad():
                 counts = torch.as_tensor([len(t["labels"]) for t in targets], device=logits.device)

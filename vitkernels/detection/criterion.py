@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.detection.matcher import HungarianMatcher
+from vitkernels.detection.matcher import HungarianMatcher, Kind
 from vitkernels.detection.targets import PackedTargets, Targets
+from vitkernels.nn import _checks
 
 LOSSES = ("labels", "cardinality", "boxes")
 
@@ -25,8 +26,8 @@ class SetCriterion(nn.Module):
         weight_dict: weights of the losses by name, for whoever adds them up; not used here.
         eos_coef: weight of "no object" in the cross-entropy, whose logits have ``num_classes + 1`` channels.
         losses: which of ``"labels"``, ``"cardinality"`` and ``"boxes"``.
-        kind: the class loss: ``"softmax"`` (DETR), or ``"focal"`` (Deformable DETR and its successors), whose logits have ``num_classes`` channels and
-            which has no use for ``eos_coef``. It does not look at the matcher: give that the same kind.
+        kind: the class loss: ``"softmax"`` (DETR), or ``"focal"`` (Deformable DETR and its successors), for logits of ``num_classes`` channels, which
+            has no use for ``eos_coef``. Give the matcher the same kind.
         alpha, gamma: of the focal loss.
 
     Raises:
@@ -43,7 +44,7 @@ class SetCriterion(nn.Module):
         eos_coef: float,
         losses: Sequence[str],
         *,
-        kind: Literal["softmax", "focal"] = "softmax",
+        kind: Kind = "softmax",
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
@@ -54,7 +55,7 @@ class SetCriterion(nn.Module):
         if kind not in ("softmax", "focal"):
             raise ValueError(f"SetCriterion: kind is {kind!r}; it must be 'softmax' or 'focal'")
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef, self.losses = num_classes, matcher, weight_dict, eos_coef, list(losses)
-        self.kind: Literal["softmax", "focal"] = kind
+        self.kind: Kind = kind
         self.alpha, self.gamma = alpha, gamma
         if kind == "softmax":
             empty_weight = torch.ones(num_classes + 1)
@@ -84,13 +85,13 @@ class SetCriterion(nn.Module):
             TypeError: a wrong dtype, or something that is no tensor.
             KeyError: an image without labels or boxes.
         """
-        layers = [outputs, *outputs.get("aux_outputs", ())]
-        logits, boxes = (torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes"))
+        logits, boxes = stacked(outputs)
         channels = self.num_classes + (self.kind == "softmax")
         if logits.shape[-1] != channels:
             raise ValueError(f"SetCriterion: pred_logits has {logits.shape[-1]} channels; it must have {channels}, for {self.num_classes} classes")
         packed = PackedTargets.pack(targets)
-        matches = match_layers(self.matcher, logits, boxes, packed, layers, targets)
+        one_pass = self.matcher.match if type(self.matcher) is HungarianMatcher and not _checks.hooked(self.matcher) else None
+        matches = match_layers(self.matcher, one_pass, logits, boxes, packed, outputs, targets)
         losses = ops.detection_set_loss(
             logits,
             boxes,
@@ -103,20 +104,29 @@ class SetCriterion(nn.Module):
             alpha=self.alpha,
             gamma=self.gamma,
         )
-        found = by_name(losses, self.losses, cardinality_errors(logits, packed, self.kind) if "cardinality" in self.losses else None)
-        if "labels" in self.losses:
-            found["class_error"] = class_error(logits[0], packed, matches[0])
-        return found
+        return official(losses, self.losses, logits, packed, matches, self.kind)
+
+
+def stacked(outputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits [L, B, Q, C] and boxes [L, B, Q, 4]: of the last layer, then of ``aux_outputs``."""
+    layers = [outputs, *outputs.get("aux_outputs", ())]
+    return torch.stack([layer["pred_logits"] for layer in layers]), torch.stack([layer["pred_boxes"] for layer in layers])
 
 
 def match_layers(
-    matcher: nn.Module, logits: Tensor, boxes: Tensor, packed: PackedTargets, layers: Iterable[Mapping[str, Any]], targets: Targets
+    matcher: nn.Module,
+    one_pass: Callable[[Tensor, Tensor, PackedTargets], Tensor] | None,
+    logits: Tensor,
+    boxes: Tensor,
+    packed: PackedTargets,
+    outputs: Mapping[str, Any],
+    targets: Targets,
 ) -> Tensor:
-    """Matches [L, B, Q] of all layers: of a :class:`HungarianMatcher` in one pass, of any other matcher layer by layer."""
-    if type(matcher) is HungarianMatcher:
-        return matcher.match(logits, boxes, packed)
-    one = ({name: value for name, value in layer.items() if name != "aux_outputs"} for layer in layers)
-    return torch.stack([packed.layout.matches(matcher(layer, targets), logits.shape[2]) for layer in one])
+    """Matches [L, B, Q] of all layers: in one pass, or by a matcher of somebody's own, layer by layer."""
+    if one_pass is not None:
+        return one_pass(logits, boxes, packed)
+    layers = [{name: value for name, value in outputs.items() if name != "aux_outputs"}, *outputs.get("aux_outputs", ())]
+    return torch.stack([packed.layout.matches(matcher(layer, targets), logits.shape[2]) for layer in layers])
 
 
 def average_boxes(packed: PackedTargets) -> Tensor | float:
@@ -129,27 +139,34 @@ def average_boxes(packed: PackedTargets) -> Tensor | float:
     return (boxes / dist.get_world_size()).clamp(min=1)
 
 
-def by_name(losses: Tensor, names: Sequence[str], cardinality: Tensor | None) -> dict[str, Tensor]:
-    """The losses [L, 3] of the last layer and of those before it, and the cardinality errors [L], under their official names."""
-    columns = dict(zip(("loss_ce", "loss_bbox", "loss_giou"), losses.unbind(1), strict=True))
-    wanted: dict[str, Tensor] = {}
+def official(losses: Tensor, names: Sequence[str], logits: Tensor, packed: PackedTargets, matches: Tensor, kind: str) -> dict[str, Tensor]:
+    """What the official criterion returns, made of :func:`vitkernels.ops.detection_set_loss`'s [L, 3]."""
+    found = by_name(losses, names, logits, packed, kind)
+    if "labels" in names:
+        found["class_error"] = class_error(logits[0], packed, matches[0])
+    return found
+
+
+def by_name(losses: Tensor, names: Sequence[str], logits: Tensor, packed: PackedTargets, kind: str) -> dict[str, Tensor]:
+    """The losses [L, 3] of the last layer and of those before it, and the cardinality errors, by their official names: those asked for."""
+    class_loss, box_loss, overlap_loss = losses.unbind(1)
+    columns: dict[str, Tensor] = {}
     for name in names:
-        if name == "cardinality" and cardinality is not None:
-            wanted["cardinality_error"] = cardinality
-        for column in {"labels": ("loss_ce",), "boxes": ("loss_bbox", "loss_giou")}.get(name, ()):
-            wanted[column] = columns[column]
-    layers = {name: column.unbind(0) for name, column in wanted.items()}
+        if name == "labels":
+            columns["loss_ce"] = class_loss
+        elif name == "cardinality":
+            columns["cardinality_error"] = cardinality_errors(logits, packed, kind)
+        else:
+            columns |= {"loss_bbox": box_loss, "loss_giou": overlap_loss}
+    layers = {name: column.unbind(0) for name, column in columns.items()}
     suffixes = ("", *(f"_{i}" for i in range(losses.shape[0] - 1)))
-    return {name + suffix: layers[name][i] for i, suffix in enumerate(suffixes) for name in wanted}
+    return {name + suffix: layers[name][i] for i, suffix in enumerate(suffixes) for name in columns}
 
 
 @torch.no_grad()
 def cardinality_errors(logits: Tensor, packed: PackedTargets, kind: str) -> Tensor:
     """[L]: how far the number of queries that name a class is from the number of targets, on average over the images. For logging."""
-    if kind == "focal":
-        present = logits.amax(-1).sigmoid() > 0.5
-    else:
-        present = logits.argmax(-1) != logits.shape[-1] - 1
+    present = logits.amax(-1).sigmoid() > 0.5 if kind == "focal" else logits.argmax(-1) != logits.shape[-1] - 1
     wanted = packed.layout.cu_targets.diff()
     return (present.sum(-1) - wanted).abs().float().mean(-1)
 
@@ -157,8 +174,8 @@ def cardinality_errors(logits: Tensor, packed: PackedTargets, kind: str) -> Tens
 @torch.no_grad()
 def class_error(logits: Tensor, packed: PackedTargets, matches: Tensor) -> Tensor:
     """Percent of the matched queries whose likeliest class is not their target's: logits [B, Q, C], matches [B, Q]. For logging."""
-    if packed.layout.total == 0:
+    matched = sum(min(size, logits.shape[1]) for size in packed.layout.sizes)
+    if matched == 0:
         return torch.full((), 100.0, device=logits.device)
-    matched = matches >= 0
-    right = (logits.argmax(-1) == packed.labels[matches.clamp(min=0)]) & matched
-    return 100 - 100 * right.sum() / matched.sum()
+    right = (logits.argmax(-1) == packed.labels[matches.clamp(min=0)]) & (matches >= 0)
+    return 100 - right.sum().float() * (100.0 / matched)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.detection.targets import PackedTargets, Targets
 
+Kind = Literal["softmax", "focal"]
+Invalid = Literal["replace", "raise"]
+
 
 class HungarianMatcher(nn.Module):
     """The assignment of least total cost of targets to queries, for each image: scipy's own indices, ties included.
@@ -36,18 +39,18 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 1,
         cost_giou: float = 1,
         *,
-        kind: Literal["softmax", "focal"] = "softmax",
+        kind: Kind = "softmax",
         alpha: float = 0.25,
         gamma: float = 2.0,
-        invalid: Literal["replace", "raise"] = "replace",
+        invalid: Invalid = "replace",
     ) -> None:
         super().__init__()
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError("HungarianMatcher: cost_class, cost_bbox and cost_giou are all 0; at least one must not be")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.kind: Literal["softmax", "focal"] = kind
+        self.kind: Kind = kind
         self.alpha, self.gamma = alpha, gamma
-        self.invalid: Literal["replace", "raise"] = invalid
+        self.invalid: Invalid = invalid
 
     def extra_repr(self) -> str:
         """The weights and the kind of the class cost."""
@@ -80,7 +83,20 @@ class HungarianMatcher(nn.Module):
             int64 [L, B, Q] or [B, Q] on the device of logits: the target of each query, counted over the batch, -1 for none.
         """
         weights = (self.cost_class, self.cost_bbox, self.cost_giou)
-        costs = ops.pairwise_box_cost(
-            logits, boxes, targets.labels, targets.boxes, targets.layout, weights, kind=self.kind, alpha=self.alpha, gamma=self.gamma
-        )
-        return ops.linear_sum_assignment(costs, targets.layout, invalid=self.invalid)
+        return match(logits, boxes, targets, weights, kind=self.kind, alpha=self.alpha, gamma=self.gamma, invalid=self.invalid)
+
+
+def match(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: PackedTargets,
+    weights: tuple[float, float, float],
+    *,
+    kind: Kind = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    invalid: Invalid = "replace",
+) -> Tensor:
+    """:meth:`HungarianMatcher.match` of these settings."""
+    costs = ops.pairwise_box_cost(logits, boxes, targets.labels, targets.boxes, targets.layout, weights, kind=kind, alpha=alpha, gamma=gamma)
+    return ops.linear_sum_assignment(costs, targets.layout, invalid=invalid)

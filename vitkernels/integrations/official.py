@@ -5,7 +5,8 @@ MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, `
 EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
 ``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
 
-DETR: ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` with ``with_pos_embed`` and ``normalize_before``.
+DETR: ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` with ``with_pos_embed`` and ``normalize_before``; ``HungarianMatcher`` with
+``cost_class``, ``cost_bbox`` and ``cost_giou``; ``SetCriterion`` with ``matcher``, ``eos_coef``, ``losses`` and ``empty_weight``.
 
 DeepViT: ``ReAttention`` with ``qkv``, ``reatten_matrix``, ``var_norm`` and ``proj``, in a ``DeepVisionTransformer`` with ``blocks`` and ``cos_reg``.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import detr, head_mixing
+from vitkernels.integrations import detr, head_mixing, matching
 from vitkernels.integrations._fused import Fused, Role, fell_back, published
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
@@ -123,6 +124,8 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         set(),
         _POSITIONED,
     ),
+    "HungarianMatcher": (matching.AuthorsMatcher, set(), set(), ("cost_class", "cost_bbox", "cost_giou")),
+    "SetCriterion": (matching.AuthorsCriterion, {"matcher"}, set(), ("num_classes", "weight_dict", "eos_coef", "losses", "empty_weight")),
     "DeepVisionTransformer": (
         head_mixing.AuthorsModel,
         {"patch_embed", "pos_drop", "blocks", "norm", "head"},
@@ -135,8 +138,9 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
 
 def match(module: nn.Module) -> type[Fused] | None:
     """The replacement for a class known by its attributes, or ``None``."""
-    known = _ATTRIBUTES.get(published(type(module)).__name__)
-    if known is None:
+    cls = published(type(module))
+    known = _ATTRIBUTES.get(cls.__name__)
+    if known is None or cls.__module__.startswith("vitkernels."):
         return None
     mixin, required, optional, attributes = known
     children = module._modules.keys()

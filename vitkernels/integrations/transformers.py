@@ -1,5 +1,5 @@
-"""transformers: ViT, MobileViT, MobileViTV2, Siglip2's vision model, and DETR's family, which stands in ``detr.py``. What has its attention chosen by
-name can have it without any swap, too: see ``attention_interface.py``.
+"""transformers: ViT, MobileViT, MobileViTV2, Siglip2's vision model, and DETR's family, in ``detr.py`` and ``matching.py``. What has its attention
+chosen by name can have it without any swap, too: see ``attention_interface.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitkernels.integrations import _tokenwise, attention_interface, dense, detr, packed
+from vitkernels.integrations import _tokenwise, attention_interface, dense, detr, matching, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
@@ -275,4 +275,5 @@ TABLE: dict[str, type[Fused]] = {
     _SIGLIP2 + "Siglip2VisionModel": Siglip2Vision,
     _SIGLIP2 + "Siglip2Attention": Siglip2Attention,
     **detr.TABLE,
+    **matching.TABLE,
 }
