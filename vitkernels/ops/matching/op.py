@@ -17,8 +17,8 @@ from vitkernels.ops.matching import reference
 from vitkernels.ops.matching.layout import TargetLayout
 from vitkernels.ops.packed.layout import can_read
 
-backends.declare("pairwise_box_cost", backends.Support(native=(), triton=()))
-backends.declare("detection_set_loss", backends.Support(native=(), triton=()))
+backends.declare("pairwise_box_cost", backends.Support(triton=()))
+backends.declare("detection_set_loss", backends.Support(triton=()))
 
 Kind = Literal["softmax", "focal"]
 KINDS = ("softmax", "focal")
@@ -133,7 +133,7 @@ def detection_set_loss(
     Returns:
         [L, 3] or [3], float32 (float64 for float64): class, L1 and GIoU loss. Differentiable once, in logits and boxes. Gradients at ties are
         those of the same formulas in PyTorch: 0 for equal coordinates in L1, a half for each of two equal edges in GIoU. Saved for backward: the
-        arguments, and a logsumexp for each query (``"softmax"``). No host sync. Sums are in a fixed order: equal bit for bit from run to run,
+        arguments, and one number for each layer. No host sync. Sums are in a fixed order: equal bit for bit from run to run,
         whatever the number of threads.
 
     On the CPU labels, boxes and matches are looked at. On a GPU that would wait for it, and a label outside of [0, C) makes the loss NaN (on the
@@ -317,7 +317,7 @@ def _loss_fake(
 ) -> tuple[Tensor, Tensor]:
     torch._check(logits.dim() == 4 and boxes.dim() == 4 and matches.dim() == 3, lambda: "logits and boxes must be 4-, matches 3-dimensional")
     wide = _define.accumulation_dtype(logits.dtype)
-    return logits.new_empty((logits.shape[0], 3), dtype=wide), logits.new_empty((0, 0, 0) if focal else matches.shape, dtype=wide)
+    return logits.new_empty((logits.shape[0], 3), dtype=wide), logits.new_empty((logits.shape[0],), dtype=wide)
 
 
 def _loss_backward_fake(grad_losses: Tensor, logits: Tensor, boxes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -340,11 +340,11 @@ _define.define(
     "detection_set_loss",
     schema=(
         "(Tensor logits, Tensor boxes, Tensor target_labels, Tensor target_boxes, Tensor matches, Tensor num_boxes, float eos_coef, bool focal,"
-        " float alpha, float gamma) -> (Tensor losses, Tensor logsumexp)"
+        " float alpha, float gamma) -> (Tensor losses, Tensor divisors)"
     ),
     backward_schema=(
         "(Tensor grad_losses, Tensor logits, Tensor boxes, Tensor target_labels, Tensor target_boxes, Tensor matches, Tensor num_boxes,"
-        " Tensor logsumexp, float eos_coef, bool focal, float alpha, float gamma) -> (Tensor grad_logits, Tensor grad_boxes)"
+        " Tensor divisors, float eos_coef, bool focal, float alpha, float gamma) -> (Tensor grad_logits, Tensor grad_boxes)"
     ),
     fake=_loss_fake,
     backward_fake=_loss_backward_fake,

@@ -49,13 +49,12 @@ def pairwise_box_cost(
     wide = _define.accumulation_dtype(logits.dtype)
     logits, boxes, target_boxes = logits.to(wide), boxes.to(wide), target_boxes.to(wide)
     image, _ = sequence_of_rows(cu_targets, target_labels.shape[0])
-    p = logits.sigmoid() if focal else logits.softmax(-1)
-    p = p[:, image, :, target_labels].transpose(0, 1)  # [L, T, Q]
+    scores = (logits if focal else logits.softmax(-1))[:, image, :, target_labels].transpose(0, 1)  # [L, T, Q]
     if focal:
-        negative = (1 - alpha) * p**gamma * -(1 - p + EPSILON).log()
-        class_cost = alpha * (1 - p) ** gamma * -(p + EPSILON).log() - negative
+        p, rest = scores.sigmoid(), (-scores).sigmoid()  # 1 - p would be all rounding where p is almost 1
+        class_cost = (1 - alpha) * p**gamma * (rest + EPSILON).log() - alpha * rest**gamma * (p + EPSILON).log()
     else:
-        class_cost = -p
+        class_cost = -scores
     boxes, others = boxes[:, image], target_boxes[:, None]  # [L, T, Q, 4], [T, 1, 4]
     distance = (boxes - others).abs().sum(-1)
     overlap = generalized_box_iou(corners(boxes), corners(others))
@@ -77,7 +76,7 @@ def detection_set_loss(
     """Class, L1 and GIoU loss [L, 3]: logits [L, B, Q, C], boxes [L, B, Q, 4], matches [L, B, Q] into the targets, -1 for none."""
     wide = _define.accumulation_dtype(logits.dtype)
     logits, boxes, num_boxes = logits.to(wide), boxes.to(wide), num_boxes.to(wide)
-    classes = logits.shape[-1]
+    classes, one = logits.shape[-1], logits.new_ones(())
     # Queries without a target get one more, behind the last: no object for a class, and for a box the one that then stands in the prediction's place.
     matched = matches >= 0
     index = torch.where(matched, matches, target_labels.shape[0])
@@ -87,12 +86,11 @@ def detection_set_loss(
 
     if focal:
         is_class = label[..., None] == torch.arange(classes, device=label.device)
-        p = logits.sigmoid()
-        missed = torch.where(is_class, 1 - p, p)
-        share = torch.where(is_class, alpha, 1 - alpha)
-        class_loss = (share * missed**gamma * F.softplus(torch.where(is_class, -logits, logits))).sum((1, 2, 3)) / num_boxes
+        against = torch.where(is_class, -logits, logits)  # what speaks for the wrong answer
+        share = torch.where(is_class, alpha * one, (1 - alpha) * one)
+        class_loss = (share * against.sigmoid() ** gamma * -F.logsigmoid(-against)).sum((1, 2, 3)) / num_boxes
     else:
-        weight = torch.where(label == classes - 1, eos_coef, 1.0).to(wide)
+        weight = torch.where(label == classes - 1, eos_coef * one, one)
         loss = -logits.log_softmax(-1).gather(-1, label[..., None])[..., 0]
         class_loss = (weight * loss).sum((1, 2)) / weight.sum((1, 2))
     box_loss = (boxes - others).abs().sum((1, 2, 3)) / num_boxes

@@ -232,10 +232,10 @@ def _loss_bad_inputs() -> Iterator[BadInput]:
 
 
 def _loss_saved(sample: Sample) -> int:
-    """The matches and their labels, the target boxes in the accumulation dtype, the number of boxes, a logsumexp for each query."""
+    """The matches and labels, the target boxes in the accumulation dtype, the number of boxes and a divisor for each layer."""
     logits, target_boxes = sample.args[0], sample.kwargs["target_boxes"]
     queries, wide = logits.shape[:-1].numel(), 8 if logits.dtype is torch.float64 else 4
-    return 8 * queries + target_boxes.shape[0] * (8 + 4 * wide) + wide + queries * wide
+    return 8 * queries + target_boxes.shape[0] * (8 + 4 * wide) + wide + logits.shape[:-3].numel() * wide
 
 
 def _loss_case(name: str, layers: int, queries: int, sizes: Sequence[int], classes: int, kind: str = "softmax") -> BenchCase:
