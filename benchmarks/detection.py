@@ -1,7 +1,7 @@
 """DETR's matcher, its loss with the backward pass, and a whole training step: how much faster than transformers' own.
 
-``python benchmarks/detection.py --out benchmarks/results/detection`` writes ``detection.csv`` and ``detection.md``. What is compared is interleaved in
-the same rounds, after a check that both give the same.
+``python benchmarks/detection.py --out benchmarks/results/detection`` writes ``detection.csv`` and ``detection.md``. What is compared is interleaved
+in the same rounds, after a check that both give the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sample(batch: int) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
 
 
 def detector(size: int) -> Any:
-    """transformers' DETR of the paper's width, six and six layers, on a small convolutional backbone."""
+    """DETR of transformers, of the paper's width, six and six layers, on a small convolutional backbone."""
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     backbone = transformers.ResNetConfig(layer_type="basic", depths=[1, 1, 1, 1], hidden_sizes=[32, 64, 96, 128], embedding_size=32)
