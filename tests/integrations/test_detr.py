@@ -35,14 +35,14 @@ def batch() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("family", ["Detr", "ConditionalDetr", "DeformableDetr"])
+@pytest.mark.parametrize("family", ["Detr", "TableTransformer", "ConditionalDetr", "DeformableDetr"])
 def test_the_same(family: str, training: bool, batch: dict[str, Tensor]) -> None:
     original, accelerated, handle = pair(detr.transformers_model(family), batch, only="attention")
-    cross = ["encoder_attn"] if family == "Detr" else []
+    cross = ["encoder_attn"] if family in ("Detr", "TableTransformer") else []
     where = [] if family == "DeformableDetr" else [f"model.encoder.layers.{i}.self_attn" for i in range(2)]
     if family != "ConditionalDetr":
         where += [f"model.decoder.layers.{i}.{name}" for i in range(3) for name in ("self_attn", *cross)]
-    stacks = {"DeformableDetr": []}.get(family, ["model.encoder", "model.decoder"][: 1 + (family == "Detr")])
+    stacks = {"Detr": ["model.encoder", "model.decoder"], "ConditionalDetr": ["model.encoder"]}.get(family, [])
     assert sorted(r.path for r in handle.replaced) == sorted(where + stacks)
     zoo.assert_same(original, accelerated, batch, training=training)
     assert not handle.fallbacks

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.integrations import attention_interface
+from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, why_no_kernel
 from vitkernels.integrations._same import why_not_same
 from vitkernels.nn import _checks
@@ -57,6 +57,49 @@ class CrossAttention(attention_interface.Attention):
             return super().forward(hidden_states, key_value_states, attention_mask, position_embeddings, encoder_position_embeddings, **kwargs)
         queries, keys = _placed(hidden_states, position_embeddings), _placed(key_value_states, encoder_position_embeddings)
         return self._vk_attend_chosen(queries, keys, key_value_states, attention_mask), None
+
+
+class TableTransformerAttention(dense.Attention):
+    """``TableTransformerAttention``, self- and cross-attention, which forms its maps."""
+
+    _vk_forms_maps: ClassVar[bool] = True
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        return module.dropout
+
+    @classmethod
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.q_proj
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        object_queries: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The original's arguments and result."""
+        others = [t for t in (attention_mask, key_value_states) if t is not None]
+        reason = next((reason for t in others if (reason := _checks.why_not_tensor(t)) is not None), None)
+        if output_attentions:
+            reason = "output_attentions was given"
+        elif (object_queries if key_value_states is None else spatial_position_embeddings) is None:
+            reason = "its keys have no positions"
+        elif attention_mask is not None and not attention_mask.is_floating_point():
+            reason = f"its mask is {attention_mask.dtype}"
+        if not self._vk_takes(hidden_states, reason=reason):
+            return super().forward(hidden_states, attention_mask, object_queries, key_value_states, spatial_position_embeddings, output_attentions)
+        queries = keys = _placed(hidden_states, object_queries)
+        values = hidden_states
+        if key_value_states is not None:
+            keys, values = _placed(key_value_states, spatial_position_embeddings), key_value_states
+        inputs = ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
+        q, k, v = (dense.split(projection(x), self.num_heads)[0] for projection, x in inputs)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, attention_mask)), None
 
 
 def _placed(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -260,6 +303,7 @@ _FOLDERS = {
     "DFine": "d_fine",
     "Deimv2": "deimv2",
     "MaskFormerDetr": "maskformer",
+    "TableTransformer": "table_transformer",
 }
 
 
@@ -268,8 +312,9 @@ def _class(family: str, kind: str) -> str:
 
 
 TABLE: dict[str, type[Fused]] = {
-    **{_class(family, "SelfAttention"): SelfAttention for family in _FOLDERS},
+    **{_class(family, "SelfAttention"): SelfAttention for family in _FOLDERS if family != "TableTransformer"},
     **{_class(family, "CrossAttention"): CrossAttention for family in ("Detr", "MaskFormerDetr")},
-    **{_class(family, kind): Stack for family in ("Detr", "ConditionalDetr") for kind in ("Encoder", "Decoder")},
-    _class("MaskFormerDetr", "Decoder"): Stack,
+    **{_class(family, "Encoder"): Stack for family in ("Detr", "ConditionalDetr")},
+    **{_class(family, "Decoder"): Stack for family in ("Detr", "MaskFormerDetr")},
+    _class("TableTransformer", "Attention"): TableTransformerAttention,
 }
