@@ -56,8 +56,12 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
         if array.ndim != 2:
             raise ValueError(f"{op}: costs has shape {list(array.shape)}; it must be [N, M], or come with a layout")
         row, column, code = (host.assigner("assign") or _solve_one)(array)
-        _report(op, code, invalid, "costs")
-        return (torch.from_numpy(row).to(costs.device), torch.from_numpy(column).to(costs.device)) if is_tensor else (row, column)
+        if code:
+            _report(op, code, invalid, "costs")
+        if not is_tensor:
+            return row, column
+        row, column = torch.from_numpy(row), torch.from_numpy(column)
+        return (row.to(costs.device), column.to(costs.device)) if costs.device.type != "cpu" else (row, column)
     if not isinstance(layout, TargetLayout):
         raise TypeError(f"{op}: layout is a {type(layout).__name__}; it must be a TargetLayout, or None for one matrix")
     if array.ndim not in (2, 3):
