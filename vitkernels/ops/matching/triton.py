@@ -60,6 +60,13 @@ def raised(v, GAMMA: tl.constexpr):
 
 
 @triton.jit
+def focal_loss(x, GAMMA: tl.constexpr):
+    """Of an example against a class; of one of it, that of -x."""
+    p, _, softplus = sigmoid(x)
+    return raised(p, GAMMA) * softplus
+
+
+@triton.jit
 def along(centre, length, other_centre, other_length):
     """Along one axis: corners of a box and of its target, what they share (negative where they are apart), and the length that holds both."""
     low, high = centre - 0.5 * length, centre + 0.5 * length
@@ -261,14 +268,12 @@ def detection_set_loss_fwd_kernel(
     b_x = tl.load(row + b_label * stride_lc, mask=m_r & m_known, other=float("nan")).to(tl.float32)
     b_weight = tl.where(b_label == C - 1, eos_coef, 1.0)
     if FOCAL:
-        b_p, _, b_softplus = sigmoid(-b_x)
-        b_loss = tl.where(m_match, alpha * raised(b_p, GAMMA) * b_softplus, 0.0)
+        b_loss = tl.where(m_match, alpha * focal_loss(-b_x, GAMMA), 0.0)
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
             m_rc = m_r[:, None] & (o_c < C)[None, :] & (o_c[None, :] != b_label[:, None])
             b_y = tl.load(row[:, None] + o_c.to(tl.int64)[None, :] * stride_lc, mask=m_rc, other=0.0).to(tl.float32)
-            b_p, _, b_softplus = sigmoid(b_y)
-            b_loss += tl.sum(tl.where(m_rc, (1 - alpha) * raised(b_p, GAMMA) * b_softplus, 0.0), axis=1)
+            b_loss += tl.sum(tl.where(m_rc, (1 - alpha) * focal_loss(b_y, GAMMA), 0.0), axis=1)
     else:
         b_most, b_sum = softmax_statistics(row, m_r, stride_lc, C, BLOCK_R, BLOCK_C)
         b_loss = b_weight * (tl.log(b_sum) + (b_most - b_x))
@@ -330,7 +335,6 @@ def detection_set_loss_bwd_kernel(
         m_label = o_c[None, :] == b_label[:, None]
         b_x = tl.load(row[:, None] + o_c.to(tl.int64)[None, :] * stride_lc, mask=m_rc, other=0.0).to(tl.float32)
         if FOCAL:
-            # An example of a class is one against it with the logit's sign turned.
             b_p, b_rest, b_softplus = sigmoid(tl.where(m_label, -b_x, b_x))
             b_g = tl.where(m_label, -alpha, 1 - alpha) * raised(b_p, GAMMA) * (GAMMA * b_rest * b_softplus + b_p)
         else:
@@ -357,7 +361,7 @@ def detection_set_loss_bwd_kernel(
 
 
 def _loss_tile(classes: int) -> Tile:
-    return Tile({"BLOCK_R": 16, "BLOCK_C": power(classes, 16, 128)}, 4)
+    return Tile({"BLOCK_R": 16, "BLOCK_C": power(classes, 16, 64)}, 4)
 
 
 def _loss_arguments(logits: Tensor, boxes: Tensor, eos_coef: float, alpha: float) -> tuple[Any, ...]:
