@@ -22,23 +22,23 @@ class Solver {
  public:
   // column_of()[i] is the column of row i of a problem that has no more rows than columns.
   template <class T>
-  Verdict solve(const Costs<T>& costs) {
-    const Verdict verdict = load(costs);
+  bool solve(const Costs<T>& costs) {
+    const bool replaced = load(costs);
     u_.assign(rows_, 0.0), v_.assign(columns_, 0.0);
     row_of_.assign(columns_, -1), column_of_.assign(rows_, -1);
     length_.resize(columns_), came_from_.resize(columns_), left_.resize(columns_), reached_columns_.resize(columns_), reached_rows_.resize(rows_);
     for (int64_t row = 0; row < rows_; ++row) {
-      if (!take_nearest(row) && !exchange(row)) return Verdict::kOverflow;
+      if (!take_nearest(row)) exchange(row);
     }
-    return verdict;
+    return replaced;
   }
 
   const std::vector<int64_t>& column_of() const { return column_of_; }
 
  private:
-  // The costs in double, finite.
+  // The costs in double, finite; true if some were not.
   template <class T>
-  Verdict load(const Costs<T>& costs) {
+  bool load(const Costs<T>& costs) {
     rows_ = costs.rows, columns_ = costs.columns;
     costs_.resize(rows_ * columns_);
     bool finite = true;
@@ -50,7 +50,7 @@ class Solver {
         finite &= std::fabs(to[j]) < kInfinity;
       }
     }
-    if (finite) return Verdict::kValid;
+    if (finite) return false;
     double largest = -kInfinity;
     for (const double cost : costs_) {
       if (std::isfinite(cost)) largest = std::max(largest, cost);
@@ -59,26 +59,27 @@ class Solver {
     for (double& cost : costs_) {
       if (!std::isfinite(cost)) cost = largest;
     }
-    return Verdict::kReplaced;
+    return true;
   }
 
   // The first step of exchange(): if the column nearest to a row is free it is the row's, and nothing needs to be remembered. False if it is not.
   bool take_nearest(int64_t row) {
     const double* cost = costs_.data() + row * columns_;
     double lowest = kInfinity;
-    int64_t nearest = -1;
+    int64_t nearest = 0;
     for (int64_t j = columns_ - 1; j >= 0; --j) {
       const double through = cost[j] - v_[j];
       if (through < lowest || (through == lowest && row_of_[j] < 0)) lowest = through, nearest = j;
     }
-    if (nearest < 0 || lowest == kInfinity || row_of_[nearest] >= 0) return false;
+    if (row_of_[nearest] >= 0) return false;
     u_[row] = lowest;
     row_of_[nearest] = row, column_of_[row] = nearest;
     return true;
   }
 
-  // Gives `current` a column by the cheapest path of exchanges among the rows that have theirs. False if sums overflow.
-  bool exchange(int64_t current) {
+  // Gives `current` a column by the cheapest path of exchanges among the rows that have theirs. There is one: a free column, whose price v is 0, is at a finite
+  // distance from `current`, whose u is 0, even where other sums overflow.
+  void exchange(int64_t current) {
     std::fill(length_.begin(), length_.end(), kInfinity);
     int64_t left = columns_, rows = 0, columns = 0, row = current, sink = -1;
     for (int64_t k = 0; k < left; ++k) left_[k] = left - 1 - k;
@@ -87,7 +88,7 @@ class Solver {
       reached_rows_[rows++] = row;
       const double* cost = costs_.data() + row * columns_;
       const double base = lowest, row_price = u_[row];
-      int64_t nearest = -1;
+      int64_t nearest = 0;
       lowest = kInfinity;
       for (int64_t k = 0; k < left; ++k) {
         const int64_t j = left_[k];
@@ -95,7 +96,6 @@ class Solver {
         if (through < length_[j]) length_[j] = through, came_from_[j] = row;
         if (length_[j] < lowest || (length_[j] == lowest && row_of_[j] < 0)) lowest = length_[j], nearest = k;
       }
-      if (nearest < 0 || lowest == kInfinity) return false;
       const int64_t column = left_[nearest];
       reached_columns_[columns++] = column;
       left_[nearest] = left_[--left];
@@ -112,7 +112,6 @@ class Solver {
       row = row_of_[sink] = came_from_[sink];
       std::swap(column_of_[row], sink);
     }
-    return true;
   }
 
   int64_t rows_ = 0, columns_ = 0;
@@ -140,26 +139,25 @@ void for_each(int64_t count, int64_t threads, const Body& body) {
 }  // namespace
 
 template <class T>
-Verdict assign(const Costs<T>& costs, int64_t* row, int64_t* column) {
+bool assign(const Costs<T>& costs, int64_t* row, int64_t* column) {
   Solver solver;
   const bool tall = costs.rows > costs.columns;
-  const Verdict verdict = solver.solve(tall ? transposed(costs) : costs);
-  if (verdict == Verdict::kOverflow) return verdict;
+  const bool replaced = solver.solve(tall ? transposed(costs) : costs);
   const std::vector<int64_t>& partner = solver.column_of();
   if (!tall) {
     std::iota(row, row + costs.rows, int64_t{0});
     std::copy(partner.begin(), partner.end(), column);
-    return verdict;
+    return replaced;
   }
   std::iota(column, column + costs.columns, int64_t{0});
   std::sort(column, column + costs.columns, [&](int64_t a, int64_t b) { return partner[a] < partner[b]; });
   for (int64_t k = 0; k < costs.columns; ++k) row[k] = partner[column[k]];
-  return verdict;
+  return replaced;
 }
 
 template <class T>
 void assign_all(const T* costs, int64_t layers, int64_t queries, const int64_t* offsets, int64_t images, int64_t threads, int64_t* matches,
-                Verdict* verdicts) {
+                bool* replaced) {
   int64_t work = 0;
   for (int64_t b = 0; b < images; ++b) {
     const int64_t targets = offsets[b + 1] - offsets[b];
@@ -171,17 +169,16 @@ void assign_all(const T* costs, int64_t layers, int64_t queries, const int64_t* 
     // scipy is given [queries, targets] and transposes it where that is tall: then the rows are the targets, else the queries.
     const Costs<T> of_targets = {costs + (layer * offsets[images] + first) * queries, targets, queries, queries, 1};
     const bool by_target = targets < queries;
-    verdicts[i] = solver.solve(by_target ? of_targets : transposed(of_targets));
-    if (verdicts[i] == Verdict::kOverflow) return;
+    replaced[i] = solver.solve(by_target ? of_targets : transposed(of_targets));
     int64_t* match = matches + i * queries;
     const std::vector<int64_t>& partner = solver.column_of();
     for (int64_t k = 0; k < static_cast<int64_t>(partner.size()); ++k) by_target ? match[partner[k]] = first + k : match[k] = first + partner[k];
   });
 }
 
-template Verdict assign<float>(const Costs<float>&, int64_t*, int64_t*);
-template Verdict assign<double>(const Costs<double>&, int64_t*, int64_t*);
-template void assign_all<float>(const float*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int64_t*, Verdict*);
-template void assign_all<double>(const double*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int64_t*, Verdict*);
+template bool assign<float>(const Costs<float>&, int64_t*, int64_t*);
+template bool assign<double>(const Costs<double>&, int64_t*, int64_t*);
+template void assign_all<float>(const float*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int64_t*, bool*);
+template void assign_all<double>(const double*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int64_t*, bool*);
 
 }  // namespace vitkernels::host

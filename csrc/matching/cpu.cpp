@@ -7,6 +7,7 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
+bool has_negative_side_any(const Detection& a) { VITKERNELS_FOR_DTYPE(has_negative_side) return false; }
 void cost_any(const Cost& a) { VITKERNELS_FOR_DTYPE(cost) }
 void loss_forward_any(const LossForward& a) { VITKERNELS_FOR_DTYPE(loss_forward) }
 void loss_backward_any(const LossBackward& a) { VITKERNELS_FOR_DTYPE(loss_backward) }
@@ -14,7 +15,7 @@ void loss_backward_any(const LossBackward& a) { VITKERNELS_FOR_DTYPE(loss_backwa
 }  // namespace
 
 const matching::Kernels& matching_kernels() {
-  static constexpr matching::Kernels kernels = {cost_any, loss_forward_any, loss_backward_any};
+  static constexpr matching::Kernels kernels = {has_negative_side_any, cost_any, loss_forward_any, loss_backward_any};
   return kernels;
 }
 

@@ -41,6 +41,7 @@ struct LossBackward : Loss {
 };
 
 struct Kernels {
+  bool (*has_negative_side)(const Detection&);  // of a prediction or a target: its corners are in the wrong order
   void (*cost)(const Cost&);
   void (*loss_forward)(const LossForward&);
   void (*loss_backward)(const LossBackward&);

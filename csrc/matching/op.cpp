@@ -23,7 +23,7 @@ struct Inputs {
   static Tensor rows_of(const Tensor& tensor) { return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor); }
 };
 
-// Python checks values with full messages where it can read them; here they guard memory, also under torch.compile.
+// These guard memory, also under torch.compile. Outside of it Python then looks for the place and says it in full.
 void check_within(const int64_t* values, int64_t count, int64_t least, int64_t end, const char* op, const char* name) {
   bool outside = false;
   for (int64_t i = 0; i < count; ++i) outside |= values[i] < least || values[i] >= end;
@@ -57,6 +57,7 @@ void fill(
       "vitkernels::", op, ": target_boxes must be contiguous [T, 4] in the accumulation dtype");
   a.target_boxes = target_boxes.data_ptr();
   a.focal = focal, a.alpha = alpha, a.gamma = gamma;
+  STD_TORCH_CHECK(!kernels().has_negative_side(a), "vitkernels::", op, ": width and height of a box must not be negative");
 }
 
 double number(const Tensor& tensor) {

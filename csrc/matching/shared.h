@@ -34,6 +34,22 @@ const S* box_of(const Detection& a, int64_t layer, int64_t image, int64_t query)
   return static_cast<const S*>(a.boxes) + layer * a.boxes_layer + image * a.boxes_image + query * a.boxes_query;
 }
 
+template <class S>
+bool has_negative_side(const Detection& a) {
+  bool found = false;
+  for (int64_t layer = 0; layer < a.layers; ++layer) {
+    for (int64_t image = 0; image < a.images; ++image) {
+      for (int64_t q = 0; q < a.queries; ++q) {
+        const S* box = box_of<S>(a, layer, image, q);
+        found |= to_float(box[2]) < 0 || to_float(box[3]) < 0;
+      }
+    }
+  }
+  const auto* target = static_cast<const Arith<S>*>(a.target_boxes);
+  for (int64_t t = 0; t < a.targets; ++t, target += 4) found |= target[2] < 0 || target[3] < 0;
+  return found;
+}
+
 // A row of logits in whole vectors, the last one filled up.
 template <class S>
 void load_logits(const S* logits, int64_t classes, Arith<S> fill, Arith<S>* row) {

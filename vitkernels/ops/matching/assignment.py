@@ -41,8 +41,7 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
         Without, as scipy: the matched rows, ascending, and their columns, int64 [min(N, M)] each. Numpy arrays for an array, tensors for a tensor.
 
     Raises:
-        ValueError: a wrong shape, another number of targets than the layout's, a NaN or an infinity with ``invalid="raise"``, costs so large that
-            their sums overflow.
+        ValueError: a wrong shape, another number of targets than the layout's, a NaN or an infinity with ``invalid="raise"``.
         TypeError: something that is neither array nor tensor, complex costs.
 
     Paper: D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52(4), 2016, algorithm in section III.
@@ -55,9 +54,13 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
     if layout is None:
         if array.ndim != 2:
             raise ValueError(f"{op}: costs has shape {list(array.shape)}; it must be [N, M], or come with a layout")
-        row, column, code = (host.assigner("assign") or _solve_one)(array)
-        _report(op, code, invalid, "costs")
-        return (torch.from_numpy(row).to(costs.device), torch.from_numpy(column).to(costs.device)) if is_tensor else (row, column)
+        row, column, replaced = (host.assigner("assign") or _solve_one)(array)
+        if replaced:
+            _report(op, invalid, "costs")
+        if not is_tensor:
+            return row, column
+        row, column = torch.from_numpy(row), torch.from_numpy(column)
+        return (row.to(costs.device), column.to(costs.device)) if costs.device.type != "cpu" else (row, column)
     if not isinstance(layout, TargetLayout):
         raise TypeError(f"{op}: layout is a {type(layout).__name__}; it must be a TargetLayout, or None for one matrix")
     if array.ndim not in (2, 3):
@@ -65,23 +68,16 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
     if array.shape[-2] != layout.total:
         raise ValueError(f"{op}: costs has shape {list(array.shape)}; it must have T = {layout.total} rows, the targets of the layout")
     layers = array if array.ndim == 3 else array[None]
-    matches, codes = (host.assigner("assign_all") or _solve_all)(layers, layout.offsets, torch.get_num_threads())
-    if codes.any():
-        layer, image = (int(i) for i in np.argwhere(codes == codes.max())[0])
-        where = f"image {image}" + (f" in layer {layer}" if array.ndim == 3 else "")
-        _report(op, int(codes.max()), invalid, f"the costs of {where}", len(np.unique(np.nonzero(codes)[1])) - 1)
+    matches, replaced = (host.assigner("assign_all") or _solve_all)(layers, layout.offsets, torch.get_num_threads())
+    if replaced.any():
+        layer, image = (int(i) for i in np.argwhere(replaced)[0])
+        where = f"the costs of image {image}" + (f" in layer {layer}" if array.ndim == 3 else "")
+        _report(op, invalid, where, int(replaced.any(0).sum()) - 1)
     matches = matches if array.ndim == 3 else matches[0]
     return torch.from_numpy(matches).to(costs.device) if is_tensor else matches
 
 
-VALID, REPLACED, OVERFLOW = 0, 1, 2  # what a solver says of a problem; csrc/host/assignment.h has the same
-
-
-def _report(op: str, code: int, invalid: Invalid, where: str, more: int = 0) -> None:
-    if code == VALID:
-        return
-    if code == OVERFLOW:
-        raise ValueError(f"{op}: {where} are so large that their sums overflow; they must stay within float64 when added up")
+def _report(op: str, invalid: Invalid, where: str, more: int = 0) -> None:
     others = f" (and of {more} more images)" if more > 0 else ""
     if invalid == "raise":
         raise ValueError(f"{op}: {where}{others} hold NaN or infinities; they must be finite, or invalid='replace'")
@@ -112,34 +108,31 @@ def _as_array(op: str, costs: Any) -> Array:
 
 
 def _solve_all(layers: Array, offsets: tuple[int, ...], threads: int) -> tuple[Array, Array]:
-    """csrc/host/assignment.h in Python, on one thread: matches [L, B, Q] and what is to be said of each problem, [L, B]."""
+    """csrc/host/assignment.h in Python, on one thread: matches [L, B, Q] and where costs were replaced, [L, B]."""
     images = len(offsets) - 1
     matches = np.full((layers.shape[0], images, layers.shape[2]), -1, np.int64)
-    codes = np.zeros((layers.shape[0], images), np.uint8)
+    replaced = np.zeros((layers.shape[0], images), bool)
     for layer, costs in enumerate(layers):
         for image in range(images):
-            queries, targets, codes[layer, image] = _solve_one(costs[offsets[image] : offsets[image + 1]].T)
+            queries, targets, replaced[layer, image] = _solve_one(costs[offsets[image] : offsets[image + 1]].T)
             matches[layer, image, queries] = targets + offsets[image]
-    return matches, codes
+    return matches, replaced
 
 
-def _solve_one(costs: Array) -> tuple[Array, Array, int]:
-    """Rows, columns and what is to be said of one matrix."""
+def _solve_one(costs: Array) -> tuple[Array, Array, bool]:
+    """Rows and columns of one matrix, and whether costs were replaced."""
     finite = np.isfinite(costs)
-    code = VALID if finite.all() else REPLACED
     costs = np.where(finite, costs, costs.max(initial=-np.inf, where=finite) if finite.any() else 0.0).astype(np.float64)
     if costs.shape[0] <= costs.shape[1]:
-        column = _columns_of_rows(costs)
-        return (np.arange(costs.shape[0]), column, code) if column is not None else (np.empty(0, np.int64), np.empty(0, np.int64), OVERFLOW)
+        return np.arange(costs.shape[0]), _columns_of_rows(costs), not finite.all()
     row = _columns_of_rows(costs.T)
-    if row is None:
-        return np.empty(0, np.int64), np.empty(0, np.int64), OVERFLOW
     order = np.argsort(row)
-    return row[order], order, code
+    return row[order], order, not finite.all()
 
 
-def _columns_of_rows(costs: Array) -> Array | None:
-    """Crouse's algorithm for N <= M: each row in turn is given a column along the cheapest path of exchanges. None: the sums overflow."""
+@np.errstate(over="ignore", invalid="ignore")
+def _columns_of_rows(costs: Array) -> Array:
+    """Crouse's algorithm for N <= M: each row in turn is given a column along the cheapest path of exchanges."""
     rows, columns = costs.shape
     u, v = np.zeros(rows), np.zeros(columns)
     row_of, column_of = np.full(columns, -1), np.full(rows, -1, np.int64)
@@ -150,13 +143,10 @@ def _columns_of_rows(costs: Array) -> Array | None:
         row, lowest, sink = current, 0.0, -1
         while sink < 0:
             reached_rows.append(row)
-            with np.errstate(over="ignore", invalid="ignore"):
-                through = lowest + costs[row, left] - u[row] - v[left]
+            through = lowest + costs[row, left] - u[row] - v[left]
             shorter = through < length[left]
             length[left[shorter]], came_from[left[shorter]] = through[shorter], row
             lowest = length[left].min()
-            if lowest == np.inf:
-                return None
             nearest = np.flatnonzero(length[left] == lowest)
             free = nearest[row_of[left[nearest]] < 0]
             at = free[-1] if free.size else nearest[0]  # of equals the last that is free, else the first

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,11 +105,12 @@ class TargetLayout:
         """
         if matches.dim() != 2 or matches.shape[0] != self.images:
             raise ValueError(f"TargetLayout: matches has shape {_check.shape_of(matches)}; it must be [B, Q] with B = {self.images}")
-        found = []
-        for row, offset in zip(matches.cpu().numpy(), self.offsets, strict=False):
-            queries = (row >= 0).nonzero()[0]
-            found.append((torch.from_numpy(queries), torch.from_numpy(row[queries] - offset)))
-        return found
+        values = matches.cpu().numpy()
+        matched = values >= 0
+        images, queries = matched.nonzero()
+        targets = values[matched] - np.asarray(self.offsets)[images]
+        counts = matched.sum(1).tolist()
+        return list(zip(torch.from_numpy(queries).split(counts), torch.from_numpy(targets).split(counts), strict=True))
 
     def matches(self, pairs: Pairs, queries: int) -> Tensor:
         """The inverse of :meth:`pairs`: int64 [B, Q], the target of each query counted over the batch, -1 where it has none.

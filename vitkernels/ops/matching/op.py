@@ -6,6 +6,7 @@ in assignment.py. The derivation is in this folder's README.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,8 @@ from vitkernels.ops.matching import reference
 from vitkernels.ops.matching.layout import TargetLayout
 from vitkernels.ops.packed.layout import can_read
 
-backends.declare("pairwise_box_cost", backends.Support(triton=()))
-backends.declare("detection_set_loss", backends.Support(triton=()))
+backends.declare("pairwise_box_cost", backends.Support())
+backends.declare("detection_set_loss", backends.Support())
 
 Kind = Literal["softmax", "focal"]
 KINDS = ("softmax", "focal")
@@ -84,13 +85,16 @@ def pairwise_box_cost(
         logits, boxes = logits[None], boxes[None]
     arguments = logits, boxes, target_labels, target_boxes, layout.cu_targets
 
+    def look() -> None:
+        _look_at_boxes(op, boxes, several)
+        _look_at_targets(op, target_labels, target_boxes, logits, layout)
+
     chosen = backends.select(op, logits)
     if chosen == "reference":
-        with torch.no_grad():
-            costs = reference.pairwise_box_cost(*arguments, weights, kind == "focal", alpha, gamma)
+        look()
+        costs = reference.pairwise_box_cost(*arguments, weights, kind == "focal", alpha, gamma)
     else:
-        namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
-        costs = _define.call(namespace.pairwise_box_cost.default, False, *arguments, list(map(float, weights)), kind == "focal", alpha, gamma)
+        costs = _run(op, chosen, look, False, *arguments, list(map(float, weights)), kind == "focal", alpha, gamma)
     return costs if several else costs[0]
 
 
@@ -155,12 +159,6 @@ def detection_set_loss(
         raise TypeError(f"{op}: matches has dtype {matches.dtype}; it must be torch.int64")
     _check.has_shape(op, "matches", matches, logits.shape[:-1], "[L, B, Q]" if logits.dim() == 4 else "[B, Q]")
     _on_device_of(op, "matches", matches, logits)
-    if _look(matches) and matches.numel():
-        least, most = (value.item() for value in matches.aminmax())
-        if least < -1 or most >= target_labels.shape[0]:
-            raise ValueError(
-                f"{op}: matches holds {least if least < -1 else most}; it must hold -1 or one of the {target_labels.shape[0]} targets, counted from 0"
-            )
     wide = _define.accumulation_dtype(logits.dtype)
     if isinstance(num_boxes, Tensor):
         if num_boxes.numel() != 1:
@@ -175,21 +173,37 @@ def detection_set_loss(
         logits, boxes, matches = logits[None], boxes[None], matches[None]
     arguments = logits, boxes, target_labels, target_boxes, matches.contiguous(), num_boxes, eos_coef, kind == "focal", alpha, gamma
 
+    def look() -> None:
+        _look_at_boxes(op, boxes, several)
+        _look_at_targets(op, target_labels, target_boxes, logits, None)
+        _look_at_matches(op, matches, target_labels.shape[0])
+
     chosen = backends.select(op, logits)
     if chosen == "reference":
+        look()
         losses = reference.detection_set_loss(*arguments)
     else:
-        namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
-        losses, _ = _define.call(namespace.detection_set_loss.default, _define.differentiable(logits, boxes), *arguments)
+        losses, _ = _run(op, chosen, look, _define.differentiable(logits, boxes), *arguments)
     return losses if several else losses[0]
 
 
+def _run(op: str, chosen: str, look: Callable[[], None], needs_autograd: bool, *arguments: Any) -> Any:
+    """Call a kernel. The native ones look at values themselves, which Python takes longer for than they for all the rest; if they find something,
+    ``look`` says where.
+    """
+    namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
+    kernel = getattr(namespace, op).default
+    if chosen != "native":
+        look()
+        return _define.call(kernel, needs_autograd, *arguments)
+    try:
+        return _define.call(kernel, needs_autograd, *arguments)
+    except RuntimeError:
+        look()
+        raise
+
+
 # --- checks ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _look(tensor: Tensor) -> bool:
-    """Whether values are checked: on the CPU, where they are numbers."""
-    return tensor.device.type == "cpu" and can_read(tensor)
 
 
 def _on_device_of(op: str, name: str, tensor: Tensor, logits: Tensor) -> None:
@@ -218,10 +232,6 @@ def _checked_predictions(op: str, logits: Tensor, boxes: Tensor, kind: str) -> t
     if logits.dtype is not boxes.dtype and _define.autocast_dtype(logits.device.type) is not None:
         logits, boxes = (_define.cast(t, torch.float32) for t in (logits, boxes))
     _check.same_kind(op, "boxes", boxes, "logits", logits)
-    if _look(boxes) and (where := _negative(boxes)) is not None:
-        *layer, image, query = where
-        place = f"query {query} of image {image}" + "".join(f" in layer {number}" for number in layer)
-        raise ValueError(f"{op}: boxes holds {_size_of(boxes[tuple(where)])} for {place}; width and height must not be negative")
     return logits, boxes
 
 
@@ -245,16 +255,40 @@ def _checked_targets(op: str, labels: Tensor, boxes: Tensor, logits: Tensor, lay
             raise ValueError(f"{op}: the layout is of {layout.images} images; it must be of {logits.shape[-3]}, the images of logits")
         if not torch.compiler.is_compiling() and layout.total != labels.shape[0]:
             raise ValueError(f"{op}: target_labels has shape {_check.shape_of(labels)}; it must be [T] = [{layout.total}], the targets of the layout")
-    if _look(labels) and labels.numel():
-        classes = logits.shape[-1]
-        least, most = (value.item() for value in labels.aminmax())
-        if least < 0 or most >= classes:
-            at = int(((labels < 0) | (labels >= classes)).nonzero()[0])
-            raise ValueError(f"{op}: target_labels[{at}]{_image(layout, at)} is {int(labels[at])}; it must be in [0, {classes}), a class of logits")
-        if (where := _negative(boxes)) is not None:
-            at = where[0]
-            raise ValueError(f"{op}: target_boxes[{at}]{_image(layout, at)} has {_size_of(boxes[at])}; width and height must not be negative")
     return labels.to(torch.int64).contiguous(), boxes.to(_define.accumulation_dtype(logits.dtype)).contiguous()
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether values are looked at: on the CPU, where they are numbers."""
+    return tensor.device.type == "cpu" and can_read(tensor)
+
+
+def _look_at_boxes(op: str, boxes: Tensor, several: bool) -> None:
+    if _on_cpu(boxes) and (where := _negative(boxes)) is not None:
+        layer, image, query = where
+        place = f"query {query} of image {image}" + (f" in layer {layer}" if several else "")
+        raise ValueError(f"{op}: boxes holds {_size_of(boxes[tuple(where)])} for {place}; width and height must not be negative")
+
+
+def _look_at_targets(op: str, labels: Tensor, boxes: Tensor, logits: Tensor, layout: TargetLayout | None) -> None:
+    if not _on_cpu(labels):
+        return
+    classes = logits.shape[-1]
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"{op}: target_labels[{at}]{_image(layout, at)} is {int(labels[at])}; it must be in [0, {classes}), a class of logits")
+    if (where := _negative(boxes)) is not None:
+        at = where[0]
+        raise ValueError(f"{op}: target_boxes[{at}]{_image(layout, at)} has {_size_of(boxes[at])}; width and height must not be negative")
+
+
+def _look_at_matches(op: str, matches: Tensor, targets: int) -> None:
+    if not _on_cpu(matches):
+        return
+    outside = matches[(matches < -1) | (matches >= targets)]
+    if outside.numel():
+        raise ValueError(f"{op}: matches holds {int(outside[0])}; it must hold -1 or one of the {targets} targets, counted from 0")
 
 
 def _negative(boxes: Tensor) -> list[int] | None:
@@ -352,3 +386,5 @@ _define.define(
     backward=_loss_backward,
     cast_by_autocast=(),
 )
+
+_define.implement_in_triton("matching", "detection_set_loss", without_gradient=("pairwise_box_cost",))
