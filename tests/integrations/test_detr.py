@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import types
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import vitkernels
-from vitkernels.integrations import attention_interface
+from vitkernels.integrations import attention_interface, matching
+from vitkernels.integrations import detr as _detr
 from vitkernels.ops.packed.reference import keep_maps
 
 from .. import detr, zoo
@@ -46,6 +49,24 @@ def test_the_same(family: str, training: bool, batch: dict[str, Tensor]) -> None
     assert sorted(r.path for r in handle.replaced) == sorted(where + stacks)
     zoo.assert_same(original, accelerated, batch, training=training)
     assert not handle.fallbacks
+
+
+@pytest.mark.parametrize("name", sorted({**_detr.TABLE, **matching.TABLE}))
+def test_every_class_of_the_tables(name: str) -> None:
+    """It is there; and if it is one of attention, it computes the same."""
+    module, _, kind = name.rpartition(".")
+    cls = getattr(importlib.import_module(module), kind)
+    if not kind.endswith("Attention") or kind == "TableTransformerAttention":
+        return
+    torch.manual_seed(0)
+    layer = cls(config=types.SimpleNamespace(_attn_implementation="sdpa"), hidden_size=32, num_attention_heads=4).eval()
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    given = (x, memory, None, x, memory) if "Cross" in kind else (x, None, x)
+    with torch.no_grad():
+        expected = layer(*given)[0]
+        handle = vitkernels.accelerate(layer)
+        torch.testing.assert_close(layer(*given)[0], expected)
+    assert len(handle.replaced) == 1 and not handle.fallbacks
 
 
 def test_no_mask_of_pairs_is_made(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor]) -> None:

@@ -135,7 +135,9 @@ class Stack(Fused):
         if _checks.why_not_tensor(mask) is not None:
             return mask
         mask = mask.bool()
-        return None if mask.all() else mask[:, None, None, :]
+        if not torch.compiler.is_compiling() and mask.all():
+            return None
+        return mask[:, None, None, :]
 
 
 class AuthorsLayer(Fused):
