@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
-from vitkernels.ops.matching import op
+from vitkernels.ops.matching import op, reference
 from vitkernels.ops.matching.assignment import linear_sum_assignment
 from vitkernels.ops.matching.layout import TargetLayout
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
@@ -102,7 +103,12 @@ def _shapes(small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _cost_sample(name: str, kind: str = "softmax", *, weights: tuple[float, float, float] = (1.0, 5.0, 2.0), **shape: Any) -> Sample:
     logits, boxes, labels, target_boxes, layout = _draw(name, **shape | {"grad": False})
-    return Sample(f"{name} {kind}", (logits, boxes, labels), {"target_boxes": target_boxes, "layout": layout, "weights": weights, "kind": kind})
+    return Sample(
+        f"{name} {kind}",
+        (logits, boxes, labels),
+        {"target_boxes": target_boxes, "layout": layout, "weights": weights, "kind": kind},
+        ("target_boxes",),
+    )
 
 
 def _cost_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, small: bool = False) -> Iterator[Sample]:
@@ -173,6 +179,25 @@ def _cost_bad_inputs() -> Iterator[BadInput]:
     yield bad("two weights", ValueError, ("weights has 2 numbers", "3"), weights=(1.0, 5.0))
 
 
+def _every_pair(
+    logits: Tensor, boxes: Tensor, target_labels: Tensor, target_boxes: Tensor, layout: TargetLayout, weights: tuple[float, ...], kind: str
+) -> Tensor:
+    """As DETR's matcher has it: layer by layer every query against every image's targets, of which each image's own are then cut out."""
+    found = []
+    for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
+        p = layer_logits.flatten(0, 1).softmax(-1) if kind == "softmax" else layer_logits.flatten(0, 1).sigmoid()
+        class_cost = -p[:, target_labels]
+        if kind == "focal":
+            against, for_it = 0.75 * p**2 * -(1 - p + 1e-8).log(), 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+            class_cost = for_it[:, target_labels] - against[:, target_labels]
+        rows = layer_boxes.flatten(0, 1)
+        overlap = reference.generalized_box_iou(reference.corners(rows)[:, None], reference.corners(target_boxes))
+        cost = weights[0] * class_cost + weights[1] * torch.cdist(rows, target_boxes, p=1) - weights[2] * overlap
+        blocks = cost.view(*layer_boxes.shape[:2], -1).split(layout.sizes, dim=-1)
+        found.append(torch.cat([block[image].t() for image, block in enumerate(blocks)]))
+    return torch.stack(found)
+
+
 def _cost_case(name: str, layers: int, queries: int, sizes: Sequence[int], classes: int, kind: str = "softmax") -> BenchCase:
     def make(dtype: torch.dtype, device: str) -> Sample:
         return _cost_sample("bench", kind, queries=queries, sizes=sizes, classes=classes, layers=layers, dtype=dtype, device=device)
@@ -238,6 +263,31 @@ def _loss_saved(sample: Sample) -> int:
     return 8 * queries + target_boxes.shape[0] * (8 + 4 * wide) + wide + logits.shape[:-3].numel() * wide
 
 
+def _layer_by_layer(
+    logits: Tensor, boxes: Tensor, target_labels: Tensor, target_boxes: Tensor, matches: Tensor, num_boxes: float, kind: str
+) -> Tensor:
+    """As DETR's criterion has it: for each layer the matched pairs are gathered, and GIoU is the diagonal of a matrix of all of them."""
+    classes, found = logits.shape[-1], []
+    weight = torch.ones(classes, dtype=logits.dtype, device=logits.device)
+    weight[-1] = 0.1
+    for layer_logits, layer_boxes, match in zip(logits, boxes, matches, strict=True):
+        matched = match >= 0
+        target = torch.full_like(match, classes if kind == "focal" else classes - 1)
+        target[matched] = target_labels[match[matched]]
+        if kind == "focal":
+            one_hot = F.one_hot(target, classes + 1)[..., :-1].to(logits.dtype)
+            p = layer_logits.sigmoid()
+            loss = F.binary_cross_entropy_with_logits(layer_logits, one_hot, reduction="none")
+            loss = loss * (1 - (p * one_hot + (1 - p) * (1 - one_hot))) ** 2 * (0.25 * one_hot + 0.75 * (1 - one_hot))
+            class_loss = loss.sum() / num_boxes
+        else:
+            class_loss = F.cross_entropy(layer_logits.transpose(1, 2), target, weight)
+        box, other = layer_boxes[matched], target_boxes[match[matched]]
+        overlap = reference.generalized_box_iou(reference.corners(box)[:, None], reference.corners(other)).diag()
+        found.append(torch.stack((class_loss, F.l1_loss(box, other, reduction="sum") / num_boxes, (1 - overlap).sum() / num_boxes)))
+    return torch.stack(found)
+
+
 def _loss_case(name: str, layers: int, queries: int, sizes: Sequence[int], classes: int, kind: str = "softmax") -> BenchCase:
     def make(dtype: torch.dtype, device: str) -> Sample:
         return _loss_sample("bench", kind, queries=queries, sizes=sizes, classes=classes, layers=layers, dtype=dtype, device=device, grad=False)
@@ -264,6 +314,7 @@ SPECS = (
             _cost_case("focal 6 layers B4 Q300 T~20", 6, 300, _TWENTY[:4], 80, "focal"),
         ),
         saved_bytes=lambda sample: 0,
+        peers={"every pair": _every_pair},
         differentiable=False,
         wide=True,
     ),
@@ -281,6 +332,7 @@ SPECS = (
             _loss_case("focal 6 layers B4 Q300 T~20", 6, 300, _TWENTY[:4], 80, "focal"),
         ),
         saved_bytes=_loss_saved,
+        peers={"layer by layer": _layer_by_layer},
         wide=True,
     ),
 )

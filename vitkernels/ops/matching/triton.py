@@ -185,8 +185,11 @@ def pairwise_box_cost_kernel(
             tl.store(costs + (i_l * targets + o_t)[:, None] * queries + o_q[None, :], b_cost, mask=m_tq)
 
 
+_REGISTERS = 168  # more than any of the kernels needs
+
+
 def _cost_tile(classes: int) -> Tile:
-    return Tile({"BLOCK_Q": 32, "BLOCK_T": 16, "BLOCK_C": power(classes, 16, 128)}, 4)
+    return Tile({"BLOCK_Q": 32, "BLOCK_T": 16, "BLOCK_C": power(classes, 16, 64)}, 4, _REGISTERS)
 
 
 def pairwise_box_cost(
@@ -361,7 +364,7 @@ def detection_set_loss_bwd_kernel(
 
 
 def _loss_tile(classes: int) -> Tile:
-    return Tile({"BLOCK_R": 16, "BLOCK_C": power(classes, 16, 64)}, 4)
+    return Tile({"BLOCK_R": 16, "BLOCK_C": power(classes, 16, 64)}, 4, _REGISTERS)
 
 
 def _loss_arguments(logits: Tensor, boxes: Tensor, eos_coef: float, alpha: float) -> tuple[Any, ...]:
