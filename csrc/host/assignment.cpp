@@ -64,12 +64,17 @@ class Solver {
 
   // The first step of exchange(): if the column nearest to a row is free it is the row's, and nothing needs to be remembered. False if it is not.
   bool take_nearest(int64_t row) {
-    const double* cost = costs_.data() + row * columns_;
-    double lowest = kInfinity;
-    int64_t nearest = 0;
-    for (int64_t j = columns_ - 1; j >= 0; --j) {
-      const double through = cost[j] - v_[j];
-      if (through < lowest || (through == lowest && row_of_[j] < 0)) lowest = through, nearest = j;
+    const double *cost = costs_.data() + row * columns_, *price = v_.data();
+    double lows[4] = {kInfinity, kInfinity, kInfinity, kInfinity};  // four chains of comparisons, which do not wait for each other
+    int64_t j = 0;
+    for (; j + 4 <= columns_; j += 4) {
+      for (int k = 0; k < 4; ++k) lows[k] = std::min(lows[k], cost[j + k] - price[j + k]);
+    }
+    for (; j < columns_; ++j) lows[0] = std::min(lows[0], cost[j] - price[j]);
+    const double lowest = std::min(std::min(lows[0], lows[1]), std::min(lows[2], lows[3]));
+    int64_t nearest = -1;
+    for (j = columns_ - 1; j >= 0; --j) {
+      if (cost[j] - price[j] == lowest && (nearest < 0 || row_of_[j] < 0)) nearest = j;
     }
     if (row_of_[nearest] >= 0) return false;
     u_[row] = lowest;

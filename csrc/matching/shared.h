@@ -12,7 +12,7 @@ namespace {
 
 using namespace matching;
 
-constexpr int64_t kSerialLogits = 1 << 14;  // below, a second thread costs more than it saves
+constexpr int64_t kSerialLogits = 1 << 15;  // below, a second thread costs more than it saves
 
 // body(i) for i in [0, tasks), on this thread alone where there are few logits.
 template <class Body>

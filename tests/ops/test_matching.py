@@ -327,6 +327,28 @@ def test_boxes_worked_out_by_hand(on: None) -> None:
     torch.testing.assert_close(losses, torch.tensor([np.log(2), 1.0 / 4, (1 - overlap) / 4], dtype=torch.float32))
 
 
+def test_giou_loss_is_the_diagonal_of_transformers_matrix() -> None:
+    """Values, and gradients at ties, in float64; and boxes that are none are refused by their place."""
+    detr = pytest.importorskip("transformers.loss.loss_for_object_detection")
+    transforms = pytest.importorskip("transformers.image_transforms")
+    torch.manual_seed(0)
+    boxes, targets = (_boxes(50, dtype=torch.float64, grid=4).requires_grad_() for _ in range(2))
+    loss = ops.generalized_box_iou_loss(boxes, targets)
+    expected = 1 - detr.generalized_box_iou(*(transforms.center_to_corners_format(b) for b in (boxes, targets))).diag()
+    grad = torch.rand_like(loss)
+    for got, wanted in zip(torch.autograd.grad(loss, (boxes, targets), grad), torch.autograd.grad(expected, (boxes, targets), grad), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match=r"target_boxes\[1\] has a box of width -1"):
+        ops.generalized_box_iou_loss(torch.ones(2, 4), torch.tensor([[1.0] * 4, [1.0, 1.0, -1.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"target_boxes has shape \[3, 4\]"):
+        ops.generalized_box_iou_loss(torch.ones(2, 4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"boxes has shape \[2, 5\]"):
+        ops.generalized_box_iou_loss(torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(TypeError, match=r"target_boxes has dtype torch.float64"):
+        ops.generalized_box_iou_loss(torch.ones(2, 4), torch.ones(2, 4).double())
+
+
 def test_groups_share_targets(on: None) -> None:
     """Two queries matched with one target count twice, as in the groups of Group DETR."""
     logits, boxes, target = torch.randn(1, 4, 5), _boxes(1, 4, dtype=torch.float32), _boxes(1, dtype=torch.float32)

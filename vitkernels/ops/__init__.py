@@ -8,7 +8,7 @@ from vitkernels.ops.dense.op import attention
 from vitkernels.ops.head_mixing.op import re_attention
 from vitkernels.ops.matching.assignment import linear_sum_assignment
 from vitkernels.ops.matching.layout import TargetLayout
-from vitkernels.ops.matching.op import detection_set_loss, pairwise_box_cost
+from vitkernels.ops.matching.op import detection_set_loss, generalized_box_iou_loss, pairwise_box_cost
 from vitkernels.ops.memory.op import memory_attention
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.packed.op import packed_attention, varlen_attention
@@ -26,6 +26,7 @@ __all__ = [
     "cascaded_group_attention_batch_norm",
     "detection_set_loss",
     "factorized_position_embedding",
+    "generalized_box_iou_loss",
     "linear_sum_assignment",
     "masked_pool",
     "memory_attention",

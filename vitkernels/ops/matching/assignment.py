@@ -60,7 +60,7 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
         if not is_tensor:
             return row, column
         row, column = torch.from_numpy(row), torch.from_numpy(column)
-        return (row.to(costs.device), column.to(costs.device)) if costs.device.type != "cpu" else (row, column)
+        return (row, column) if costs.is_cpu else (row.to(costs.device), column.to(costs.device))
     if not isinstance(layout, TargetLayout):
         raise TypeError(f"{op}: layout is a {type(layout).__name__}; it must be a TargetLayout, or None for one matrix")
     if array.ndim not in (2, 3):
@@ -91,17 +91,18 @@ def _report(op: str, invalid: Invalid, where: str, more: int = 0) -> None:
 def _as_array(op: str, costs: Any) -> Array:
     """Float32 or float64 and contiguous: other dtypes become one of the two without loss."""
     if isinstance(costs, Tensor):
-        costs = costs.detach()
-        if costs.dtype in (torch.bfloat16, torch.float16):
+        if costs.requires_grad:
+            costs = costs.detach()
+        if costs.dtype is torch.bfloat16 or costs.dtype is torch.float16:
             costs = costs.float()
-        costs = costs.cpu().numpy()
+        costs = costs.numpy() if costs.is_cpu else costs.cpu().numpy()
     elif not isinstance(costs, np.ndarray):
         raise TypeError(f"{op}: costs is a {type(costs).__name__}; it must be a numpy array or a Tensor")
-    if costs.dtype == np.float32 or costs.dtype == np.float64:
-        return np.ascontiguousarray(costs)
-    if costs.dtype.kind not in "fiub":
-        raise TypeError(f"{op}: costs has dtype {costs.dtype}; it must be real")
-    return np.ascontiguousarray(costs, np.float64)
+    if costs.dtype.char not in "fd":
+        if costs.dtype.kind not in "fiub":
+            raise TypeError(f"{op}: costs has dtype {costs.dtype}; it must be real")
+        costs = costs.astype(np.float64)
+    return costs if costs.flags.c_contiguous else np.ascontiguousarray(costs)
 
 
 # --- where the host module is not built -----------------------------------------------------------------------------------------------

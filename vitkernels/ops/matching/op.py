@@ -187,6 +187,38 @@ def detection_set_loss(
     return losses if several else losses[0]
 
 
+def generalized_box_iou_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """1 - GIoU of each box and its own target: n numbers for n pairs, not the diagonal of an n x n matrix. Plain PyTorch, not a kernel.
+
+    For a loss of one's own making; inside :func:`detection_set_loss` it is part of the one pass.
+
+    Args:
+        boxes: [..., 4], (centre x, centre y, width, height).
+        target_boxes: the same shape, dtype and device.
+
+    Returns:
+        [...], in the dtype of the boxes; differentiable any number of times in both.
+
+    Raises:
+        ValueError: shapes that differ or do not end in 4, a mix of devices, on the CPU also a negative width or height.
+        TypeError: something that is no tensor, a wrong or mixed dtype.
+
+    Paper: GIoU, arXiv 1902.09630, algorithm 2.
+    """
+    op = "generalized_box_iou_loss"
+    for name, tensor in (("boxes", boxes), ("target_boxes", target_boxes)):
+        _check.is_tensor(op, name, tensor, "[..., 4]")
+        _check.floating(op, name, tensor)
+        if tensor.dim() == 0 or tensor.shape[-1] != 4:
+            raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be [..., 4]")
+        if _on_cpu(tensor) and (where := _negative(tensor)) is not None:
+            place = f"{name}{where}" if where else name
+            raise ValueError(f"{op}: {place} has {_size_of(tensor[tuple(where)])}; width and height must not be negative")
+    _check.has_shape(op, "target_boxes", target_boxes, boxes.shape, "the shape of boxes")
+    _check.same_kind(op, "target_boxes", target_boxes, "boxes", boxes)
+    return 1 - reference.generalized_box_iou(reference.corners(boxes), reference.corners(target_boxes))
+
+
 def _run(op: str, chosen: str, look: Callable[[], None], needs_autograd: bool, *arguments: Any) -> Any:
     """Call a kernel. The native ones look at values themselves, which Python takes longer for than they for all the rest; if they find something,
     ``look`` says where.
