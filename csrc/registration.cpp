@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "dense/op.h"
 #include "head_mixing/op.h"
+#include "matching/op.h"
 #include "memory/op.h"
 #include "packed/op.h"
 #include "patch/op.h"
@@ -37,12 +38,15 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("cascaded_group_attention_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_backward));
   m.impl("cascaded_group_attention_batch_norm", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm));
   m.impl("cascaded_group_attention_batch_norm_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm_backward));
+  m.impl("detection_set_loss", TORCH_BOX(&vitkernels::detection_set_loss));
+  m.impl("detection_set_loss_backward", TORCH_BOX(&vitkernels::detection_set_loss_backward));
   m.impl("factorized_position_embedding", TORCH_BOX(&vitkernels::factorized_position_embedding));
   m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
   m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
   m.impl("memory_attention", TORCH_BOX(&vitkernels::memory_attention));
   m.impl("memory_attention_backward", TORCH_BOX(&vitkernels::memory_attention_backward));
+  m.impl("pairwise_box_cost", TORCH_BOX(&vitkernels::pairwise_box_cost));
   m.impl("patch_attention", TORCH_BOX(&vitkernels::patch_attention));
   m.impl("patch_attention_backward", TORCH_BOX(&vitkernels::patch_attention_backward));
   m.impl("re_attention", TORCH_BOX(&vitkernels::re_attention));

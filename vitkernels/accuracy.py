@@ -194,6 +194,8 @@ def output_gradients(result: Any) -> tuple[Tensor, ...]:
 
 def gradients(result: Any, wanted: Sequence[Tensor], grad_outputs: Sequence[Tensor], *, allow_unused: bool = False) -> tuple[Tensor, ...]:
     """The gradient of every tensor in ``wanted``, given those of an op's outputs; of outputs that are not differentiable it is not used."""
+    if not wanted:
+        return ()
     pairs = [(output, grad) for output, grad in zip(as_tuple(result), grad_outputs, strict=True) if output.requires_grad]
     return torch.autograd.grad([output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=allow_unused)
 

@@ -30,6 +30,7 @@ from vitkernels.ops.cascaded_group import triton as cascaded_group
 from vitkernels.ops.dense import triton as dense
 from vitkernels.ops.head_mixing import triton as head_mixing
 from vitkernels.ops.head_mixing.op import NORMS as HEAD_MIXING_NORMS
+from vitkernels.ops.matching import triton as matching
 from vitkernels.ops.packed import layout as packed_layout
 from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.packed.op import NORMS
@@ -75,6 +76,8 @@ PACKED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # attention's kernels are those of varlen_attention, but for a bias that differs from image to image.
 ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "bias of images": {"bias": True}}
+MATCHING_CLASSES = (2, 92, 365)
+MATCHING_OPTIONS: dict[str, dict[str, Any]] = {"softmax": {}, "focal": {"focal": True}, "focal, gamma 1.5": {"focal": True, "gamma": 1.5}}
 RE_ATTENTION_DIMS = (32, 33, 64)
 # What makes re_attention's kernels differ: the norm, and dropout, without which a batch norm in training takes other sums.
 RE_ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -336,6 +339,29 @@ def re_attention_launches(
     return list(dict.fromkeys(found))
 
 
+def matching_launches(classes: int, dtype: torch.dtype, *, focal: bool = False, gamma: float = 2.0) -> list[Launch]:
+    """The launches of the matching cost, and of forward and backward of the set loss, of six layers.
+
+    Args:
+        classes: of the logits.
+        dtype: of logits and boxes.
+        focal: of the class cost and loss.
+        gamma: theirs.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    logits, boxes = empty(6, 16, 300, classes), empty(6, 16, 300, 4)
+    targets = empty(320, dtype=torch.int64), empty(320, 4, dtype=torch.float32)
+    inputs: list[Any] = [logits, boxes, *targets, empty(6, 16, 300, dtype=torch.int64), empty(dtype=torch.float32)]
+    with recorded() as found:
+        matching.pairwise_box_cost(logits, boxes, *targets, empty(17, dtype=torch.int32), [1.0, 5.0, 2.0], focal, 0.25, gamma)
+        losses, divisors = matching.detection_set_loss(*[*inputs, 0.1, focal, 0.25, gamma])
+        matching.detection_set_loss_backward(*[losses, *inputs, divisors, 0.1, focal, 0.25, gamma])
+    return list(dict.fromkeys(found))
+
+
 def compile_for(launch: Launch, target: str) -> Any:
     """Compile one launch for one of :data:`TARGETS`; no GPU needed."""
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
@@ -401,6 +427,8 @@ def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Bud
             table += budgets(functools.partial(attention_launches, dim, dtype, **options), f"attention {dim} {case} {name}", progress=progress)
         for dim, (case, options) in itertools.product(RE_ATTENTION_DIMS, RE_ATTENTION_OPTIONS.items()):
             table += budgets(functools.partial(re_attention_launches, dim, dtype, **options), f"12 heads {dim} {case} {name}", progress=progress)
+        for classes, (case, options) in itertools.product(MATCHING_CLASSES, MATCHING_OPTIONS.items()):
+            table += budgets(functools.partial(matching_launches, classes, dtype, **options), f"{classes} classes {case} {name}", progress=progress)
     return table
 
 

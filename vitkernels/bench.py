@@ -305,6 +305,6 @@ def plan(
     for spec in specs:
         cases = [c for c in spec.cases(device) if not case_filter or any(f.lower() in c.name.lower() for f in case_filter)]
         for dtype in dtypes:
-            for with_backward in (False, True) if backward else (False,):
+            for with_backward in (False, True) if backward and spec.differentiable else (False,):
                 for case in cases[:2] if quick else cases:
                     yield spec, case, dtype, with_backward

@@ -1,4 +1,4 @@
-"""What the host's CPU can do, from the compiled module ``vitkernels._host`` (pybind11, no torch)."""
+"""What the host's CPU can do, and what is computed on it for numpy arrays, from the compiled module ``vitkernels._host`` (pybind11, no torch)."""
 
 from __future__ import annotations
 
@@ -84,3 +84,12 @@ def packer(method: str) -> Callable[[Any, int, int], tuple[Any, int]] | None:
     the bin of each item (int64) and the number of bins. :func:`vitkernels.navit.pack` is the function to call.
     """
     return getattr(_module(), method, None)
+
+
+def assigner(name: str) -> Callable[..., Any] | None:
+    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix or ``assign_all`` of many.
+
+    They take contiguous float32 or float64 arrays; what else they take and return says ``csrc/host/module.cpp``.
+    :func:`vitkernels.ops.linear_sum_assignment` is the function to call.
+    """
+    return getattr(_module(), name, None)

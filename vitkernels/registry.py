@@ -114,6 +114,8 @@ class OpSpec:
         tiles_span_images: backends whose tiles hold rows of several images, so that a NaN in v reaches an image beside its own (0 * NaN), as it does
             under a dense mask.
         schema: the op of ``torch.ops.vitkernels`` underneath; by default, the one of that name.
+        differentiable: False of an op that nobody differentiates.
+        wide: the op computes and answers in float32 (float64 for float64) whatever it is given, and under autocast, as PyTorch's own losses do.
         kept_by_autocast: parameters of ``function`` that autocast leaves in their own dtype, as ``F.batch_norm`` leaves its weight and bias.
 
     Which outputs are differentiable is nowhere listed: those of ``reference`` that require a gradient.
@@ -137,9 +139,15 @@ class OpSpec:
     known_inexact: tuple[tuple[str, torch.dtype, str], ...] = ()
     tiles_span_images: tuple[str, ...] = ()
     schema: str = ""
+    differentiable: bool = True
+    wide: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schema", self.schema or self.name)
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of what a call on tensors of this dtype, or under autocast to it, returns."""
+        return torch.float32 if self.wide and dtype is not torch.float64 else dtype
 
     def cases(self, device: str | torch.device) -> tuple[BenchCase, ...]:
         """The shapes worth timing on a device."""
@@ -152,13 +160,14 @@ def all_specs() -> dict[str, OpSpec]:
     from vitkernels.ops.cascaded_group import spec as cascaded_group
     from vitkernels.ops.dense import spec as dense
     from vitkernels.ops.head_mixing import spec as head_mixing
+    from vitkernels.ops.matching import spec as matching
     from vitkernels.ops.memory import spec as memory
     from vitkernels.ops.packed import spec as packed
     from vitkernels.ops.patch import spec as patch
     from vitkernels.ops.separable import spec as separable
     from vitkernels.ops.tokens import spec as tokens
 
-    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch, memory)
+    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch, memory, matching)
     return {spec.name: spec for family in families for spec in family.SPECS}
 
 

@@ -1,8 +1,13 @@
 // vitkernels._host: helpers on the host that need no torch. Python's side of it is vitkernels/host.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "common/isa.h"
+#include "host/assignment.h"
 #include "host/packing.h"
 
 namespace py = pybind11;
@@ -50,6 +55,36 @@ py::tuple pack(const Int64s& lengths, int64_t capacity, int64_t most) {
   return py::make_tuple(bin_of, bins);
 }
 
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+py::tuple assign(const Array<T>& costs) {
+  const int64_t rows = costs.shape(0), columns = costs.shape(1), pairs = std::min(rows, columns);
+  Int64s row(pairs), column(pairs);
+  int64_t *to_row = row.mutable_data(), *to_column = column.mutable_data();
+  bool replaced;
+  {
+    py::gil_scoped_release release;
+    replaced = host::assign(host::Costs<T>{costs.data(), rows, columns, columns, 1}, to_row, to_column);
+  }
+  return py::make_tuple(row, column, replaced);
+}
+
+template <class T>
+py::tuple assign_all(const Array<T>& costs, const std::vector<int64_t>& offsets, int64_t threads) {
+  const int64_t layers = costs.shape(0), queries = costs.shape(2), images = static_cast<int64_t>(offsets.size()) - 1;
+  Int64s matches({layers, images, queries});
+  Array<bool> replaced({layers, images});
+  int64_t* to = matches.mutable_data();
+  bool* said = replaced.mutable_data();
+  {
+    py::gil_scoped_release release;
+    host::assign_all(costs.data(), layers, queries, offsets.data(), images, threads, to, said);
+  }
+  return py::make_tuple(matches, replaced);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -58,5 +93,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("isa_report", &isa_report, "Instruction sets: detected, selected, built, usable, error.");
   m.def("first_fit", &pack<&host::first_fit>,
         "Lengths (int64 [n], each in [0, capacity]), the capacity, the most items of a bin: each one's bin, and their number.");
+  m.def("assign", &assign<double>, py::arg().noconvert(), "Costs [N, M]: rows, columns, and whether a NaN or an infinity was replaced.");
+  m.def("assign", &assign<float>, py::arg().noconvert());
+  m.def("assign_all", &assign_all<float>, py::arg().noconvert(), py::arg(), py::arg(),
+        "Costs [L, T, Q], the first target of each image and T, threads: the target of each query [L, B, Q] or -1, and whether one was replaced [L, B].");
+  m.def("assign_all", &assign_all<double>, py::arg().noconvert(), py::arg(), py::arg());
   m.def("best_fit_decreasing", &pack<&host::best_fit_decreasing>, "The same, from the longest, each into the fullest bin with room.");
 }

@@ -1,8 +1,9 @@
-// What the token family's kernels share: rows of channels a vector at a time, and how many threads are worth starting.
+// What the token family's kernels share: shares of the channels, and how many threads are worth starting.
 #pragma once
 
 #include <cstring>
 
+#include "common/rows.h"
 #include "common/tile.h"
 #include "tokens/kernels.h"
 
@@ -15,17 +16,6 @@ using namespace tokens;
 constexpr int64_t kSerialElements = 1 << 15;  // below, a second thread costs more than it saves
 
 inline int64_t workers(int64_t elements) { return elements < kSerialElements ? 1 : num_threads(); }
-
-// The vector at p of a row that has `left` channels from there on.
-template <class S>
-inline Vec<Arith<S>> load_row(const S* p, int64_t left) {
-  return left >= kLanes<Arith<S>> ? load(p) : load_partial(p, left);
-}
-
-template <class S>
-inline void store_row(S* p, Vec<Arith<S>> v, int64_t left) {
-  left >= kLanes<Arith<S>> ? store(p, v) : store_partial(p, v, left);
-}
 
 // Channels [first, first + count) of a row: whole vectors but for the row's last.
 struct Channels {

@@ -44,6 +44,12 @@ def test_a_transformers_model(report: Callable[..., Any]) -> None:
     assert found["accuracy_rule_holds"]
 
 
+def test_a_detector(report: Callable[..., Any]) -> None:
+    found = report("accelerate", "detr", "--size", 64, "--repeats", 1, "--no-peers", "--train")
+    assert {r["op"] for r in found["replaced"]} == {"attention", "detection_set_loss"} and len(found["replaced"]) == 1 + 2 + 6 + 2 * 6
+    assert found["accuracy_rule_holds"]
+
+
 def test_a_vit_pytorch_model_by_its_class(report: Callable[..., Any]) -> None:
     found = report("accelerate", "MobileViT", "--source", "vit_pytorch", *SMALL)
     assert found["source"] == "vit_pytorch"

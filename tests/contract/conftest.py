@@ -3,6 +3,7 @@
 A test asks for ``target`` (an op on a backend), ``case`` (a target, a dtype, one of the op's samples) or ``bad_call`` (a target and a call to
 refuse). A backend that cannot run here is one skipped test per op, with its reason. ``@pytest.mark.fused`` leaves the reference backend out, where
 the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples.
+``@pytest.mark.derivative`` leaves out the ops that nobody differentiates.
 ``@pytest.mark.kernel`` is what `make test` runs again for every instruction set.
 """
 
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device", default="cpu") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine, or this build of torch, has no CUDA device")
     config.addinivalue_line("markers", "fused: only the backends with kernels of their own, not the reference")
+    config.addinivalue_line("markers", "derivative: about gradients, so only the ops that have them")
     config.addinivalue_line("markers", "kernel: about the machine code of a kernel; the rest is the same for every instruction set")
     config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow")
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that `case` covers")
@@ -40,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("--device", default="cpu")
     fused = metafunc.definition.get_closest_marker("fused") is not None
+    derivative = metafunc.definition.get_closest_marker("derivative") is not None
     thin = metafunc.definition.get_closest_marker("thin") is not None
     marker = metafunc.definition.get_closest_marker("dtypes")
     kinds: dict[str, Callable[[Target], Iterable[tuple[object, str]]]] = {
@@ -48,12 +51,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "bad_call": _bad_calls,
     }
     for name in kinds.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, list(_expand(device, fused, kinds[name])))
+        metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name])))
 
 
-def _expand(device: str, fused: bool, expand: Callable[[Target], Iterable[tuple[object, str]]]) -> Iterator[ParameterSet]:
+def _expand(device: str, fused: bool, derivative: bool, expand: Callable[[Target], Iterable[tuple[object, str]]]) -> Iterator[ParameterSet]:
     """Every op on every backend, expanded into the parameters (with their ids) that a test runs on; one skipped parameter where it cannot run."""
     for spec in registry.all_specs().values():
+        if derivative and not spec.differentiable:
+            continue
         for backend in backends.BACKENDS[1:] if fused else backends.BACKENDS:
             target = Target(spec, backend, device)
             reason = target.why_not(torch.float32)

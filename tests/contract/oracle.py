@@ -158,7 +158,9 @@ def differentiable(outputs: Sequence[Tensor], grads_out: Sequence[Tensor]) -> tu
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads_out: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """:func:`torch.autograd.grad` over the outputs that are differentiable."""
+    """:func:`torch.autograd.grad` over the outputs that are differentiable; nothing where no input is."""
+    if not inputs:
+        return ()
     wanted, grads = differentiable(outputs, grads_out)
     return torch.autograd.grad(wanted, inputs, grads)
 

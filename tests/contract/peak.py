@@ -50,7 +50,7 @@ def main(name: str, backend: str, device: str) -> dict[str, object]:
     cases = sorted(spec.cases(device), key=lambda case: case.elements_moved)
 
     def run(sample: Sample) -> dict[str, object]:
-        sample = accuracy.with_grad(sample)
+        sample = accuracy.with_grad(sample) if spec.differentiable else sample
         inputs = accuracy.leaves(sample)
         meter.reset()
         outputs = accuracy.as_tuple(spec.function(*sample.args, **sample.kwargs))
@@ -59,7 +59,7 @@ def main(name: str, backend: str, device: str) -> dict[str, object]:
         meter.reset()
         gradients = accuracy.gradients(outputs, inputs, grads)
         backward = {"peak": meter.peak(), "results": _size(*gradients)}
-        return {"forward": forward, "backward": backward, "activation": max(map(_size, inputs))}
+        return {"forward": forward, "backward": backward, "activation": max(map(_size, sample.tensors()))}
 
     with vitkernels.backend(backend):
         try:

@@ -1,4 +1,7 @@
-"""Autocast: float32 arguments inside ``torch.autocast`` give what casting them by hand gives, by the rule of ``F.linear``."""
+"""Autocast: float32 arguments inside ``torch.autocast`` give what casting them by hand gives, by the rule of ``F.linear``.
+
+A loss stays in float32, by that of ``F.cross_entropy``.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,24 @@ _DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=
 @_DTYPES
 def test_equals_casting_by_hand(target: Target, dtype: torch.dtype) -> None:
     for sample in target.every(5):
-        lowered = autocast_by_hand(target.spec, sample, dtype)
+        lowered = autocast_by_hand(target.spec, sample, target.spec.result_dtype(dtype))
         by_hand = as_tuple(target(*lowered.args, **lowered.kwargs))
         with torch.autocast(target.device, dtype=dtype):
             automatic = as_tuple(target(*sample.args, **sample.kwargs))
-        assert automatic[0].dtype is dtype
+        assert automatic[0].dtype is target.spec.result_dtype(dtype)
         for a, b in zip(by_hand, automatic, strict=True):
             assert b.dtype is a.dtype
             torch.testing.assert_close(b, a, rtol=0, atol=0)
 
 
 @pytest.mark.fused
+@pytest.mark.derivative
 @_DTYPES
 def test_gradients_come_back_in_the_dtype_of_the_parameters(target: Target, dtype: torch.dtype) -> None:
     """Parameters stay float32 and so do their gradients, computed in the autocast dtype."""
     sample = target.samples(torch.float32, grad=True)[0]
     grads_out = cotangents(as_tuple(target.spec.reference(*sample.args, **sample.kwargs)))
-    lowered = autocast_by_hand(target.spec, sample, dtype)
+    lowered = autocast_by_hand(target.spec, sample, target.spec.result_dtype(dtype))
     by_hand = named_results(target, lowered, grads_out, signature=target.spec.reference)
     with torch.autocast(target.device, dtype=dtype):
         automatic = named_results(target, sample, grads_out, signature=target.spec.reference)
@@ -44,7 +48,7 @@ def test_gradients_come_back_in_the_dtype_of_the_parameters(target: Target, dtyp
 def test_the_raw_op_casts_too(target: Target, dtype: torch.dtype) -> None:
     """``torch.ops.vitkernels.<op>`` called directly has autocast registered: compiled graphs and other languages come in there."""
     sample = target.samples(torch.float32)[0]
-    lowered = autocast_by_hand(target.spec, sample, dtype)
+    lowered = autocast_by_hand(target.spec, sample, target.spec.result_dtype(dtype))
     with RecordOps() as record:
         target(*sample.args, **sample.kwargs)
         target(*lowered.args, **lowered.kwargs)
@@ -52,15 +56,16 @@ def test_the_raw_op_casts_too(target: Target, dtype: torch.dtype) -> None:
     by_hand = as_tuple(op(*lowered_args))
     with torch.autocast(target.device, dtype=dtype):
         automatic = as_tuple(op(*args))
-    assert automatic[0].dtype is dtype
+    assert automatic[0].dtype is target.spec.result_dtype(dtype)
     for a, b in zip(by_hand, automatic, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)
 
 
 @_DTYPES
 def test_output_dtype(target: Target, dtype: torch.dtype) -> None:
-    """Every backend, the reference included, answers in the dtype that autocast asks for; float64 is left alone, as by ``F.linear``."""
-    for given, expected in ((torch.float32, dtype), (dtype, dtype), (torch.float64, torch.float64)):
+    """Every backend, the reference included, answers in the dtype that autocast asks for (a loss in float32); float64 stays, as by ``F.linear``."""
+    low = target.spec.result_dtype(dtype)
+    for given, expected in ((torch.float32, low), (dtype, low), (torch.float64, torch.float64)):
         if target.why_not(given) is None:
             sample = target.samples(given)[0]
             lowered = autocast_by_hand(target.spec, sample, expected)
@@ -82,6 +87,6 @@ def test_mixed_arguments_meet_in_the_autocast_dtype(target: Target) -> None:
         target(*mixed.args, **mixed.kwargs)
     with torch.autocast(target.device, dtype=torch.bfloat16):
         got = as_tuple(target(*mixed.args, **mixed.kwargs))
-    lowered = autocast_by_hand(target.spec, sample, torch.bfloat16)
+    lowered = autocast_by_hand(target.spec, mixed, target.spec.result_dtype(torch.bfloat16))
     for a, b in zip(as_tuple(target(*lowered.args, **lowered.kwargs)), got, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
 
 import vitkernels
 from vitkernels import accuracy, registry
-from vitkernels.ops import PackedLayout
+from vitkernels.ops import PackedLayout, TargetLayout
 from vitkernels.registry import Sample
 
 from .oracle import Target, as_tuple, assert_all_hold, assert_obeys_the_rule, cotangents, function_of_tensors, gradients, named_results
@@ -112,6 +112,28 @@ def _repooled(base: Sample, batch: int, length: int) -> Sample:
     return replace(base, args=(x,), kwargs=base.kwargs | {"layout": layout})
 
 
+def _rematched(base: Sample, batch: int, length: int) -> Sample:
+    """Predictions for so many images and queries, and two targets for each image."""
+    labels, kwargs = torch.randint(3, (2 * batch,)), dict(base.kwargs)
+    if "layout" in kwargs:
+        kwargs["layout"] = TargetLayout.from_sizes([2] * batch)
+        torch._dynamo.mark_dynamic(kwargs["layout"].cu_targets, 0)
+    else:
+        kwargs["matches"] = torch.randint(-1, 2 * batch, (2, batch, length))
+        for dim in (1, 2):
+            torch._dynamo.mark_dynamic(kwargs["matches"], dim)
+    kwargs["target_boxes"] = torch.rand(2 * batch, 4)
+    for tensor in (labels, kwargs["target_boxes"]):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    logits, boxes = (_dynamic(t, 2, batch, length, t.shape[-1], dims=(1, 2)) for t in base.args[:2])
+    boxes = torch.sigmoid(boxes.detach()).requires_grad_(boxes.requires_grad)
+    for dim in (1, 2):
+        torch._dynamo.mark_dynamic(boxes, dim)
+    on = base.args[0].device
+    args = tuple(t.to(on) for t in (logits, boxes, labels))
+    return replace(base, args=args, kwargs={k: v.to(on) if hasattr(v, "to") else v for k, v in kwargs.items()})
+
+
 # The call of an op in another size; a new op writes its own here.
 _IN_ANOTHER_SIZE = {
     "separable_attention": _resized(3),
@@ -126,6 +148,8 @@ _IN_ANOTHER_SIZE = {
     "memory_attention": _retokened,
     "factorized_position_embedding": _replaced,
     "masked_pool": _repooled,
+    "pairwise_box_cost": _rematched,
+    "detection_set_loss": _rematched,
 }
 
 

@@ -10,7 +10,7 @@ from vitkernels.registry import Sample
 
 from .oracle import Case, Target, as_tuple, function_of_tensors, mapped
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.derivative]
 _SLOW = 400  # elements up to which every entry of the Jacobian is differenced
 
 

@@ -33,6 +33,8 @@ _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "memory_attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "patch_attention": lambda sample: torch.empty_like(sample.args[2]).stride(),
+    "pairwise_box_cost": lambda sample: torch.empty(*sample.args[0].shape[:-3], sample.args[2].shape[0], sample.args[0].shape[-2]).stride(),
+    "detection_set_loss": lambda sample: torch.empty(*sample.args[0].shape[:-3], 3).stride(),
     "masked_pool": lambda sample: torch.empty(sample.kwargs["layout"].sequences, *sample.args[0].shape[1:]).stride(),
 }
 
@@ -118,15 +120,17 @@ def _arrangements(grad: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same gradient under the strides that a model's next layer may hand back."""
     if grad.dim() == 4:
         yield "channels_last", grad.contiguous(memory_format=torch.channels_last)
-    yield "transposed", grad.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if grad.dim() > 1:
+        yield "transposed", grad.transpose(-2, -1).contiguous().transpose(-2, -1)
+        yield "expanded over channels", grad[:, :1].expand(grad.shape)
     wide = torch.full((*grad.shape[:-1], 2 * grad.shape[-1]), torch.nan, dtype=grad.dtype, device=grad.device)
     wide[..., ::2] = grad
     yield "strided", wide[..., ::2]
-    yield "expanded over channels", grad[:, :1].expand(grad.shape)
     yield "one number, as of a sum", grad.new_ones(()).expand(grad.shape)
 
 
 @pytest.mark.fused
+@pytest.mark.derivative
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_gradient_arrives_in_any_layout(target: Target, dtype: torch.dtype, poison: None) -> None:

@@ -13,6 +13,7 @@ from .oracle import Case, Target, as_tuple, python
 pytestmark = pytest.mark.fused
 
 
+@pytest.mark.derivative
 @pytest.mark.thin
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float64)
 def test_saved_for_backward(case: Case) -> None:

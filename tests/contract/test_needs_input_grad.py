@@ -10,6 +10,7 @@ from .oracle import RecordOps, Target, as_tuple, cotangents, differentiable, gra
 pytestmark = pytest.mark.fused
 
 
+@pytest.mark.derivative
 def test_each_input_alone(target: Target, poison: None) -> None:
     for sample in target.every(4, grad=True):
         inputs = [t for t in sample.tensors() if t.requires_grad]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitkernels.ops import PackedLayout
+from vitkernels.ops import PackedLayout, TargetLayout
 from vitkernels.registry import Sample
 
 from .oracle import Target, assert_obeys_the_rule
@@ -439,6 +439,46 @@ def _make_memory(drawn: dict[str, Any], device: str) -> Sample:
     return Sample(str(drawn), (q, k, v, *memory), kwargs).mapped(lambda t: t.requires_grad_())
 
 
+@st.composite
+def _detection(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    sizes = draw(st.lists(st.integers(0, 9 if small else 30), max_size=4))
+    shape = (len(sizes), draw(st.integers(0, 9 if small else 40)), draw(st.integers(2, 9 if small else 40)))
+    layers = draw(st.none() | st.integers(0, 3))
+    return {
+        "sizes": sizes,
+        "shape": shape if layers is None else (layers, *shape),
+        "kind": draw(st.sampled_from(("softmax", "focal"))),
+        "layouts": draw(st.tuples(*[st.sampled_from(_LAYOUTS)] * 2)),
+        "gamma": draw(st.sampled_from((0.0, 1.0, 2.0, 2.5))),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _predictions(drawn: dict[str, Any], device: str) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, TargetLayout, torch.Generator]:
+    """logits, boxes and labels, target boxes and their layout."""
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    layout, shape = TargetLayout.from_sizes(drawn["sizes"], device=device), drawn["shape"]
+    tensors = (torch.randn(shape, generator=generator), 0.1 + 0.8 * torch.rand(*shape[:-1], 4, generator=generator))
+    arranged = ((_arranged if t.dim() == 4 else lambda t, _: t)(t.to(drawn["dtype"]), how) for t, how in zip(tensors, drawn["layouts"], strict=True))
+    labels = torch.randint(shape[-1], (layout.total,), generator=generator).to(device)
+    targets = (0.1 + 0.8 * torch.rand(layout.total, 4, generator=generator)).to(device, drawn["dtype"])
+    logits, boxes = (t.to(device) for t in arranged)
+    return (logits, boxes, labels), targets, layout, generator
+
+
+def _make_cost(drawn: dict[str, Any], device: str) -> Sample:
+    args, targets, layout, _ = _predictions(drawn, device)
+    return Sample(str(drawn), args, {"target_boxes": targets, "layout": layout, "kind": drawn["kind"], "gamma": drawn["gamma"]})
+
+
+def _make_set_loss(drawn: dict[str, Any], device: str) -> Sample:
+    (logits, boxes, labels), targets, layout, generator = _predictions(drawn, device)
+    matches = torch.randint(-1, layout.total, logits.shape[:-1], generator=generator).to(device)
+    kwargs = {"target_boxes": targets, "matches": matches, "num_boxes": 3.0, "kind": drawn["kind"], "gamma": drawn["gamma"]}
+    return Sample(str(drawn), (logits.requires_grad_(), boxes.requires_grad_(), labels), kwargs)
+
+
 # How to draw a call of each op, a small one for Triton's interpreter; a new op writes its own here.
 _DRAWN = {
     "separable_attention": (_attention, _make_attention),
@@ -453,6 +493,8 @@ _DRAWN = {
     "attention": (_dense, _make_dense),
     "patch_attention": (_patch, _make_patch),
     "memory_attention": (_memory, _make_memory),
+    "pairwise_box_cost": (_detection, _make_cost),
+    "detection_set_loss": (_detection, _make_set_loss),
 }
 
 

@@ -21,6 +21,7 @@ from vitkernels import aot
 from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
 from vitkernels.ops.head_mixing import triton as head_mixing
+from vitkernels.ops.matching import triton as matching
 from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.separable import triton as separable
 
@@ -56,6 +57,10 @@ PACKED = ((64, torch.bfloat16, "norm"), (64, torch.float32, "plain"))
 ATTENTION = ((64, torch.bfloat16, "bias of images"), (64, torch.float32, "bias of images"))
 # DeepViT-S, whose rows are padded, with both norms; float32.
 RE_ATTENTION = ((33, torch.bfloat16, "batch live"), (64, torch.bfloat16, "layer"), (32, torch.float32, "batch live"))
+
+
+# COCO's classes; the last option also raises to a power.
+MATCHING = ((92, torch.float32, "softmax"), (92, torch.bfloat16, "focal, gamma 1.5"))
 
 
 def _name(value: Any) -> str:
@@ -94,6 +99,11 @@ def test_every_re_attention_kernel_fits_every_target(dim: int, dtype: torch.dtyp
     _assert_all_fit(aot.budgets(lambda: aot.re_attention_launches(dim, dtype, **aot.RE_ATTENTION_OPTIONS[options]), options))
 
 
+@pytest.mark.parametrize(("classes", "dtype", "options"), MATCHING, ids=_name)
+def test_every_matching_kernel_fits_every_target(classes: int, dtype: torch.dtype, options: str) -> None:
+    _assert_all_fit(aot.budgets(lambda: aot.matching_launches(classes, dtype, **aot.MATCHING_OPTIONS[options]), options))
+
+
 def _stage(name: str) -> aot.Stage:
     return next(stage for stage in aot.STAGES if stage.name == name)
 
@@ -105,9 +115,10 @@ def _stage(name: str) -> aot.Stage:
         (shared, lambda: aot.separable_launches(64, torch.bfloat16), 1),
         (packed, lambda: aot.packed_launches(32, torch.bfloat16, **aot.PACKED_OPTIONS["all"]), 5),
         (cascaded_group, lambda: aot.cascaded_group_launches(_stage("m0 stage 1"), torch.bfloat16), 8),
+        (matching, lambda: aot.matching_launches(92, torch.bfloat16), 3),
         (head_mixing, lambda: aot.re_attention_launches(32, torch.bfloat16, **aot.RE_ATTENTION_OPTIONS["batch live"]), 5),
     ],
-    ids=["separable", "shared", "packed", "cascaded_group", "head_mixing"],
+    ids=["separable", "shared", "packed", "cascaded_group", "matching", "head_mixing"],
 )
 def test_every_kernel_is_compiled(module: ModuleType, launches: Callable[[], list[aot.Launch]], count: int) -> None:
     kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}

@@ -107,10 +107,11 @@ def _without_dropout(module: nn.Module) -> nn.Module:
     """Training mode with every dropout off: two models that drop different elements cannot be compared."""
     module.train()
     for child in module.modules():
-        if "drop" in type(child).__name__.lower():
-            for attribute in ("p", "drop_prob"):
-                if isinstance(getattr(child, attribute, None), float):
-                    setattr(child, attribute, 0.0)
+        # Of a layer that drops, or of one that calls F.dropout.
+        names = ("p", "drop_prob") if "drop" in type(child).__name__.lower() else ("dropout", "attention_dropout", "activation_dropout")
+        for attribute in names:
+            if isinstance(getattr(child, attribute, None), float):
+                setattr(child, attribute, 0.0)
     return module
 
 
@@ -122,7 +123,9 @@ def _training_step(module: nn.Module, x: _zoo.Pixels, options: dict[str, Any], l
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
         output = _zoo.logits(module(x, **options))
-        F.cross_entropy(output if output.dtype is torch.float64 else output.float(), labels).backward()
+        logits = output.flatten(0, -2)  # a detector's, of all its queries: the image's class for each
+        wanted = labels.repeat_interleave(len(logits) // len(labels))
+        F.cross_entropy(logits if logits.dtype is torch.float64 else logits.float(), wanted).backward()
         return output
 
     return step

@@ -65,6 +65,10 @@ _VIT_PYTORCH_SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# Detectors of transformers, which are built on a ResNet-50 of its own: by default it would be another zoo's, downloaded.
+_DETECTORS = ("conditional_detr", "detr", "table-transformer")
+
+
 @dataclass(frozen=True)
 class ZooModel:
     """A model as its zoo builds it, in eval mode, with random weights and BatchNorm statistics of the photos.
@@ -144,7 +148,7 @@ def _timm_names() -> list[str]:
 def _hf_names() -> list[str]:
     _package("hf")
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    return sorted(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    return sorted((*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, *_DETECTORS))
 
 
 def _vit_pytorch_classes() -> dict[str, str]:
@@ -172,6 +176,10 @@ def _build_timm(name: str, size: int | None) -> ZooModel:
 
 def _build_hf(name: str, size: int | None) -> ZooModel:
     transformers = _package("hf")
+    if name in _DETECTORS:
+        backbone = transformers.ResNetConfig(out_features=["stage4"])
+        config = transformers.AutoConfig.for_model(name, num_labels=91, use_timm_backbone=False, backbone=None, backbone_config=backbone)
+        return ZooModel(name, "hf", transformers.AutoModelForObjectDetection.from_config(config), size or 480)
     options: dict[str, Any] = {"num_labels": 1000}
     if size is not None:
         options["image_size"] = size

@@ -83,7 +83,7 @@ def check(spec: OpSpec, backend: str, device: torch.device, result: Proof) -> No
 def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds: int) -> None:
     """Time forward and forward+backward against eager, interleaved, on the registry's bench cases."""
     for case in spec.cases(device):
-        for mode in ("forward", "forward+backward"):
+        for mode in ("forward", "forward+backward") if spec.differentiable else ("forward",):
             copies = timing.cold_copies(case.elements_moved * _TIMED_DTYPE.itemsize, device)
             samples = [case.make(_TIMED_DTYPE, str(device)) for _ in range(copies)]
             grad_outputs = None

@@ -118,6 +118,9 @@ def accelerate(
     ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads. Dropout in a
     DeepViT's attention draws other masks, too, and the authors' DeepViT returns None in the place of attention maps that nobody reads.
 
+    A detector of transformers (DETR and its family) is replaced with its attention, and then looks up another loss, which matches and computes all of
+    its decoder layers in one pass. The authors' ``HungarianMatcher`` and ``SetCriterion`` are no part of a model: give them to ``accelerate``, too.
+
     ``torch.export``, ONNX export, ``torch.jit.trace`` and ``torch.fx`` see the original code. ``torch.jit.script`` does not know the
     replacements: call :meth:`Handle.remove` first.
 

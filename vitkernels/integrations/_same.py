@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from vitkernels.backends import backend
 from vitkernels.integrations._fused import Fused, swap
 
 
-def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...]) -> str | None:
+def why_not_same(
+    known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...], beside: Callable[[Tensor], dict[str, Any]] | None = None
+) -> str | None:
     """A name and some attributes promise nothing about the code: run a copy once, in evaluation and in training, and compare.
 
     Args:
@@ -20,6 +23,7 @@ def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shap
         module: the module.
         swaps: what would be replaced in it, by path.
         shape: of an input, without the batch. Of several outputs the first is compared.
+        beside: makes of that input what the module is called with beside it.
     """
     weight = swaps[""]._vk_weight(module)
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
@@ -34,6 +38,7 @@ def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shap
         for path, mixin in swaps.items():
             swap(ours.get_submodule(path), mixin)
         x = torch.randn(2, *shape, dtype=torch.float64, device=weight.device)
+        keywords = {} if beside is None else beside(x)
         for training in (False, True):
             outputs = []
             for probe in (theirs, ours):
@@ -41,7 +46,7 @@ def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shap
                 torch.manual_seed(0)
                 try:
                     # Not a call: the hooks on the module are for the user's data.
-                    found = probe.forward(x)
+                    found = probe.forward(x, **keywords)
                     outputs.append(found[0] if isinstance(found, tuple) else found)
                 except Exception as error:  # whatever foreign code may raise
                     return f"it has the attributes of {known_as}, but does not run like it: {error}"

@@ -6,9 +6,10 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.integrations import dense
 from vitkernels.integrations._fused import why_no_kernel
 from vitkernels.nn import _checks
 
@@ -90,15 +91,48 @@ def attention_forward(
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-    bias = attention_mask
+    bias, key_padding = as_structure(attention_mask, query.shape[0])
     if position_bias is not None:
         if attention_mask is None:
             bias = position_bias
         elif attention_mask.dtype is torch.bool:
             # The smallest number, as sdpa's own, and not -inf: a query that sees no key then sees all alike.
-            bias = torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min)
+            bias, key_padding = torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min), None
         else:
             bias = position_bias + attention_mask
-    out = ops.attention(query, key, value, bias=bias, scale=scaling, dropout_p=dropout)
+    out = ops.attention(query, key, value, bias=bias, key_padding=key_padding, scale=scaling, dropout_p=dropout)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def as_structure(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """``(bias, key_padding)`` of a mask: one of keys alone, bool [B, 1, 1, M], is their padding [B, M]."""
+    if mask is None or mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return mask, None
+    return None, mask[:, 0, 0].expand(batch, -1)
+
+
+class Attention(dense.Attention):
+    """Base of the replacements of layers that choose their attention by name, where the choice is SDPA."""
+
+    @classmethod
+    def _vk_why_not_layers(cls, module: Any) -> str | None:
+        chosen = module.config._attn_implementation
+        if chosen == NAME:
+            return f"its attention implementation is {chosen!r} already"
+        return None if chosen == "sdpa" else f"its attention implementation is {chosen!r}, not 'sdpa'"
+
+    @classmethod
+    def _vk_dropout(cls, module: Any) -> float:
+        return module.attention_dropout
+
+    @classmethod
+    def _vk_projection(cls, module: Any) -> nn.Module:
+        return module.q_proj
+
+    def _vk_attend_chosen(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Project [B, N, C] each, attend, project: [B, N, C]."""
+        inputs = ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection, x in inputs)
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, *as_structure(mask, q.shape[0])))

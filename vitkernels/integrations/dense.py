@@ -70,11 +70,21 @@ class Attention(_tokenwise.Inner):
             fell_back(self, reason)
         return reason is None
 
-    def _vk_attend(self, q: Tensor, k: Tensor, v: Tensor, patch: Patch, dropout: float, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    def _vk_attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        patch: Patch,
+        dropout: float,
+        scale: float | None,
+        bias: Tensor | None = None,
+        key_padding: Tensor | None = None,
+    ) -> Tensor:
         """Attention of what :func:`split` gives: tokens again, or a map, in the shape that came in."""
         if patch is not None:
             return _as_tokens(ops.patch_attention(q, k, v, patch=patch, num_heads=self._vk_heads(self), scale=scale), patch)
-        out = ops.attention(q, k, v, bias=bias, scale=scale, dropout_p=dropout)
+        out = ops.attention(q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).flatten(2)
 

@@ -5,6 +5,9 @@ MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, `
 EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
 ``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
 
+DETR: ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` with ``with_pos_embed`` and ``normalize_before``; ``HungarianMatcher`` with
+``cost_class``, ``cost_bbox`` and ``cost_giou``; ``SetCriterion`` with ``matcher``, ``eos_coef``, ``losses`` and ``empty_weight``.
+
 DeepViT: ``ReAttention`` with ``qkv``, ``reatten_matrix``, ``var_norm`` and ``proj``, in a ``DeepVisionTransformer`` with ``blocks`` and ``cos_reg``.
 """
 
@@ -15,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import head_mixing
+from vitkernels.integrations import detr, head_mixing, matching
 from vitkernels.integrations._fused import Fused, Role, fell_back, published
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
@@ -92,6 +95,8 @@ def _channels(attention: Any) -> int:
     return attention.proj[1].weight.shape[0] if isinstance(attention.proj[1], nn.Conv2d) else attention.proj[1][0].weight.shape[0]
 
 
+_FEED_FORWARD = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+_POSITIONED = ("with_pos_embed", "normalize_before", "activation")
 _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] = {
     "LinearSelfAttention": (
         CvnetsAttention,
@@ -112,6 +117,15 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         {"reatten_matrix", "var_norm"},
         ("num_heads", "scale", "apply_transform"),
     ),
+    "TransformerEncoderLayer": (detr.AuthorsEncoderLayer, {"self_attn", *_FEED_FORWARD}, set(), _POSITIONED),
+    "TransformerDecoderLayer": (
+        detr.AuthorsDecoderLayer,
+        {"self_attn", "multihead_attn", *_FEED_FORWARD, "norm3", "dropout3"},
+        set(),
+        _POSITIONED,
+    ),
+    "HungarianMatcher": (matching.AuthorsMatcher, set(), set(), ("cost_class", "cost_bbox", "cost_giou")),
+    "SetCriterion": (matching.AuthorsCriterion, {"matcher"}, set(), ("num_classes", "weight_dict", "eos_coef", "losses", "empty_weight")),
     "DeepVisionTransformer": (
         head_mixing.AuthorsModel,
         {"patch_embed", "pos_drop", "blocks", "norm", "head"},
@@ -124,8 +138,9 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
 
 def match(module: nn.Module) -> type[Fused] | None:
     """The replacement for a class known by its attributes, or ``None``."""
-    known = _ATTRIBUTES.get(published(type(module)).__name__)
-    if known is None:
+    cls = published(type(module))
+    known = _ATTRIBUTES.get(cls.__name__)
+    if known is None or cls.__module__.startswith("vitkernels."):
         return None
     mixin, required, optional, attributes = known
     children = module._modules.keys()

@@ -1,5 +1,5 @@
-"""transformers: ViT, MobileViT, MobileViTV2, Siglip2's vision model. What has its attention chosen by name can have it without any swap, too: see
-``attention_interface.py``.
+"""transformers: ViT, MobileViT, MobileViTV2, Siglip2's vision model, and DETR's family, in ``detr.py`` and ``matching.py``. What has its attention
+chosen by name can have it without any swap, too: see ``attention_interface.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitkernels.integrations import _tokenwise, attention_interface, dense, packed
+from vitkernels.integrations import _tokenwise, attention_interface, dense, detr, matching, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
@@ -88,36 +88,15 @@ class TransformersBlock(Block):
         return self.conv_projection(features)
 
 
-class ViTAttention(dense.Attention):
+class ViTAttention(attention_interface.Attention):
     """``ViTAttention``, where it would call SDPA."""
-
-    @classmethod
-    def _vk_why_not_layers(cls, module: Any) -> str | None:
-        chosen = module.config._attn_implementation
-        if chosen == attention_interface.NAME:
-            return f"its attention implementation is {chosen!r} already"
-        return None if chosen == "sdpa" else f"its attention implementation is {chosen!r}, not 'sdpa'"
-
-    @classmethod
-    def _vk_dropout(cls, module: Any) -> float:
-        return module.attention_dropout
-
-    @classmethod
-    def _vk_heads(cls, module: Any) -> int:
-        return module.num_attention_heads
-
-    @classmethod
-    def _vk_projection(cls, module: Any) -> nn.Module:
-        return module.q_proj
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The original's arguments and result."""
         reason = attention_interface.why_not(self, hidden_states, hidden_states, attention_mask, **kwargs)
         if not self._vk_takes(hidden_states, reason=reason):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        q, k, v = (dense.split(projection(hidden_states), self.num_attention_heads)[0] for projection in (self.q_proj, self.k_proj, self.v_proj))
-        dropout = self.attention_dropout if self.training else 0.0
-        return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, attention_mask)), None
+        return self._vk_attend_chosen(hidden_states, hidden_states, hidden_states, attention_mask), None
 
 
 class MobileViTAttention(dense.Attention):
@@ -295,4 +274,6 @@ TABLE: dict[str, type[Fused]] = {
     _MODELING + "MobileViTV2Layer": TransformersBlock,
     _SIGLIP2 + "Siglip2VisionModel": Siglip2Vision,
     _SIGLIP2 + "Siglip2Attention": Siglip2Attention,
+    **detr.TABLE,
+    **matching.TABLE,
 }

@@ -6,6 +6,9 @@ Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation
 from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
 from vitkernels.ops.dense.op import attention
 from vitkernels.ops.head_mixing.op import re_attention
+from vitkernels.ops.matching.assignment import linear_sum_assignment
+from vitkernels.ops.matching.layout import TargetLayout
+from vitkernels.ops.matching.op import detection_set_loss, generalized_box_iou_loss, pairwise_box_cost
 from vitkernels.ops.memory.op import memory_attention
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.packed.op import packed_attention, varlen_attention
@@ -16,14 +19,19 @@ from vitkernels.ops.tokens.op import factorized_position_embedding, masked_pool
 
 __all__ = [
     "PackedLayout",
+    "TargetLayout",
     "attention",
     "attention_similarity",
     "cascaded_group_attention",
     "cascaded_group_attention_batch_norm",
+    "detection_set_loss",
     "factorized_position_embedding",
+    "generalized_box_iou_loss",
+    "linear_sum_assignment",
     "masked_pool",
     "memory_attention",
     "packed_attention",
+    "pairwise_box_cost",
     "patch_attention",
     "re_attention",
     "separable_attention",

@@ -47,12 +47,8 @@ def define(
         cast_by_autocast: positions of the arguments that autocast casts; None for all tensors.
     """
     for namespace, library in _LIBRARIES.items():
-        library.define(name + schema, tags=_TAGS)
-        library.define(name + "_backward" + backward_schema, tags=_TAGS)
-        forward_op = getattr(getattr(torch.ops, namespace), name).default
-        backward_op = getattr(getattr(torch.ops, namespace), name + "_backward").default
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        torch.library.register_fake(f"{namespace}::{name}_backward", backward_fake, lib=library)
+        forward_op = _define_one(namespace, library, name, schema, fake)
+        backward_op = _define_one(namespace, library, name + "_backward", backward_schema, backward_fake)
 
         def run_backward(ctx: Any, *grads: Any, _op: Any = backward_op) -> Any:
             return backward(functools.partial(call, _op, torch.is_grad_enabled()), ctx, *grads)
@@ -63,14 +59,25 @@ def define(
             library.impl(name, _autocast(forward_op, key, device, cast_by_autocast), key)
 
 
-def implement_in_triton(family: str, *names: str) -> None:
+def define_without_gradient(name: str, *, schema: str, fake: Callable[..., Any]) -> None:
+    """Define ``<namespace>::<name>`` in both namespaces: an op that nobody differentiates and whose tensors autocast leaves as they are."""
+    for namespace, library in _LIBRARIES.items():
+        _define_one(namespace, library, name, schema, fake)
+
+
+def _define_one(namespace: str, library: torch.library.Library, name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    library.define(name + schema, tags=_TAGS)
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def implement_in_triton(family: str, *names: str, without_gradient: tuple[str, ...] = ()) -> None:
     """Take ``<name>`` and ``<name>_backward`` of each op from ``vitkernels/ops/<family>/triton.py``, where the triton package is installed."""
     if not native.has_module("triton"):
         return
     kernels = importlib.import_module(f"vitkernels.ops.{family}.triton")
-    for name in names:
-        for op in (name, f"{name}_backward"):
-            TRITON.impl(op, getattr(kernels, op), "CompositeExplicitAutograd")
+    for op in (*without_gradient, *(op for name in names for op in (name, f"{name}_backward"))):
+        TRITON.impl(op, getattr(kernels, op), "CompositeExplicitAutograd")
 
 
 def _no_double_backward(name: str) -> Callable[..., Any]:

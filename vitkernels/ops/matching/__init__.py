@@ -1,0 +1,1 @@
+"""Bipartite matching of predictions to targets, and the loss on what was matched (DETR)."""
