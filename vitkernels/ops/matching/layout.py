@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,10 @@ class TargetLayout:
         """``cu_targets`` on the host."""
         return (0, *itertools.accumulate(self.sizes))
 
+    @functools.cached_property
+    def _first_targets(self) -> np.ndarray[Any, Any]:
+        return np.asarray(self.offsets[:-1], np.int64)
+
     @property
     def total(self) -> int:
         """How many targets, T."""
@@ -106,11 +111,11 @@ class TargetLayout:
         if matches.dim() != 2 or matches.shape[0] != self.images:
             raise ValueError(f"TargetLayout: matches has shape {_check.shape_of(matches)}; it must be [B, Q] with B = {self.images}")
         values = matches.cpu().numpy()
-        matched = values >= 0
-        images, queries = matched.nonzero()
-        targets = values[matched] - np.asarray(self.offsets)[images]
-        counts = matched.sum(1).tolist()
-        return list(zip(torch.from_numpy(queries).split(counts), torch.from_numpy(targets).split(counts), strict=True))
+        images, queries = (values >= 0).nonzero()
+        targets = values[images, queries] - self._first_targets[images]
+        counts = np.bincount(images, minlength=self.images).tolist()
+        split = (torch.from_numpy(indices).split_with_sizes(counts) for indices in (queries, targets))
+        return list(zip(*split, strict=True))
 
     def matches(self, pairs: Pairs, queries: int) -> Tensor:
         """The inverse of :meth:`pairs`: int64 [B, Q], the target of each query counted over the batch, -1 where it has none.
