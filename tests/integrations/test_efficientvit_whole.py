@@ -179,6 +179,12 @@ def _patched(model: Any) -> None:
     conv.forward = lambda x, forward=conv.forward: forward(x) * 1.5
 
 
+def _dropping(model: Any) -> None:
+    residual = model.stages[0].blocks[0].dw0
+    residual.drop = 0.5
+    residual.train().m.eval()
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook on a stage": (lambda m: m.stages[0].register_forward_hook(lambda *_: None), "stages.0 has a hook"),
     "hook on a layer": (lambda m: m.stages[2].blocks[0].ffn0.m.act.register_forward_hook(lambda *_: None), "stages.2.blocks.0.ffn0.m.act has a hook"),
@@ -188,7 +194,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "maximum": (lambda m: setattr(m.stages[1].downsample.patchmerge.se, "add_maxpool", True), "takes the maximum, too"),
     "dilated": (lambda m: setattr(m.patch_embed.conv2.conv, "dilation", (2, 2)), "patch_embed.conv2 is a convolution that is not square, or dilated"),
     "another layer": (lambda m: m.patch_embed.add_module("extra", nn.Tanh()), "patch_embed.extra is a Tanh, which is not known"),
-    "drops": (lambda m: (setattr(m.stages[0].blocks[0].dw0, "drop", 0.5), m.stages[0].blocks[0].dw0.train(), m.stages[0].blocks[0].dw0.m.eval()), "drops samples"),
+    "drops": (_dropping, "drops samples"),
 }  # fmt: skip
 
 
@@ -234,7 +240,7 @@ def test_weights_and_images_of_two_dtypes_fail_as_they_did(images: Tensor) -> No
     original, accelerated, _ = pair(zoo.small_efficientvit(), images)
     infer(accelerated, images)
     for model in (original, accelerated):
-        with pytest.raises(RuntimeError, match="expected scalar type|should be the same|Input type"):
+        with pytest.raises(RuntimeError, match=r"scalar type|should be the same|Input type"):
             infer(model, images.double())
 
 

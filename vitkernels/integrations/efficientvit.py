@@ -200,7 +200,9 @@ class AuthorsModel(Chain):
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
         if (reason := super()._vk_why_not(module, role)) is not None:
             return reason
-        return why_not_same("the authors' EfficientViT", module, {"": cls}, (module.patch_embed[0][0].in_channels, *_image_size(module)))
+        convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        shape, width = (convolutions[0].in_channels, *_image_size(module)), max(layer.out_channels for layer in convolutions)
+        return why_not_same("the authors' EfficientViT", module, {"": cls}, shape, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """The original's argument and result, and for an image of another size its error."""
