@@ -148,8 +148,8 @@ class Chain(Fused):
                 return f"its {path} is not replaced"
         try:
             steps = cls._vk_walk.steps("", module)
-        except Other as reason:
-            return str(reason)
+        except Other as other:
+            return str(other)
         for tensor in (tensor for step in steps for layer in step.layers for tensor in layer.tensors()):
             if (reason := _checks.why_not_weight("a weight", tensor)) is not None:
                 return reason

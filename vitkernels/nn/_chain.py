@@ -135,10 +135,12 @@ def _folded(step: Step, dtype: torch.dtype) -> Any:
     for one in step.layers:
         weight, bias = _conv_norm.folded(one, dtype)
         found.append((weight, weight.new_zeros(weight.shape[0]) if bias is None else bias))
-    if step.kind in (FeedForward, SqueezeExcite):
-        return step.kind(*(tensor for weight, bias in found for tensor in (weight.flatten(1), bias)), residual=step.residual)
+    kind: Any = step.kind
+    if kind in (FeedForward, SqueezeExcite):
+        (first, first_bias), (second, second_bias) = found
+        return kind(first.flatten(1), first_bias, second.flatten(1), second_bias, step.residual)
     (weight, bias), conv = found[0], step.layers[0].conv
-    return step.kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
+    return kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
 
 
 def _layers(steps: list[Step], x: Tensor) -> list[Any] | str:
