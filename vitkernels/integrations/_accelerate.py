@@ -109,9 +109,13 @@ def accelerate(
     their exact class; a subclass, a hooked or adapted inner layer, and whatever else would make the result differ is left alone and reported.
     What changes later (a hook added, another dtype, an input it does not take) makes that call run the original code.
 
-    Where norms are folded into convolutions (cascaded group attention in evaluation) and no gradient is wanted, the folded weights are kept, outside
-    of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by another tensor. The one
-    change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or in training mode.
+    Where norms are folded into convolutions (cascaded group attention in evaluation, a whole EfficientViT) and no gradient is wanted, the folded
+    weights are kept, outside of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by
+    another tensor. The one change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or
+    in training mode.
+
+    An EfficientViT (timm's, the authors') is one native call in inference on the CPU: where no gradient is wanted, all is in evaluation, no autocast
+    is on and nobody's hook waits inside. Otherwise its layers run as they are, with the attention fused.
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the

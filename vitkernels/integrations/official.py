@@ -2,8 +2,9 @@
 
 MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, ``attn_dropout``, ``out_proj.block.conv``.
 
-EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
-``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
+EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``,
+``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``, and the model ``EfficientViT`` with ``patch_embed``, ``blocks1`` to
+``blocks3`` and ``head``.
 
 DETR: ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` with ``with_pos_embed`` and ``normalize_before``; ``HungarianMatcher`` with
 ``cost_class``, ``cost_bbox`` and ``cost_giou``; ``SetCriterion`` with ``matcher``, ``eos_coef``, ``losses`` and ``empty_weight``.
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import detr, head_mixing, matching
+from vitkernels.integrations import detr, efficientvit, head_mixing, matching
 from vitkernels.integrations._fused import Fused, Role, fell_back, published
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
@@ -111,6 +112,7 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         ("key_dim", "scale", "attention_biases", "attention_bias_idxs"),
     ),
     "LocalWindowAttention": (CreamWindowAttention, {"attn"}, set(), ("resolution", "window_resolution", "attn.attention_bias_idxs")),
+    "EfficientViT": (efficientvit.AuthorsModel, {"patch_embed", "blocks1", "blocks2", "blocks3", "head"}, set(), ()),
     "ReAttention": (
         head_mixing.AuthorsAttention,
         {"qkv", "attn_drop", "proj", "proj_drop"},
