@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bottleneck/op.h"
 #include "cascaded_group/op.h"
 #include "common/isa.h"
 #include "dense/op.h"
@@ -39,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("cascaded_group_attention_batch_norm_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm_backward));
   m.impl("factorized_position_embedding", TORCH_BOX(&vitkernels::factorized_position_embedding));
   m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
+  m.impl("inverted_bottleneck", TORCH_BOX(&vitkernels::inverted_bottleneck));
   m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));
   m.impl("memory_attention", TORCH_BOX(&vitkernels::memory_attention));
