@@ -381,7 +381,7 @@ struct BackwardPass {
     });
     for (int64_t head = l.heads - 1; head >= 0; --head) head_backward(head, m, sums);
     // The gradient of x has taken the place of x.
-    if (a.grad.x.data) l.io.store_window(Window(a.grad.x, l, a.height, a.width, index), l.window, {l.heads, l.split, l.split_row, l.x_row}, m.x);
+    if (a.grad.x.data) l.io.store_window(Window(a.grad.x, l, a.height, a.width, index), l.window, {l.heads, l.split, l.split_row, l.x_row}, m.x, false);
   }
 
   void head_backward(int64_t head, const Memory& m, const WeightSums<T>& sums) const {

@@ -355,7 +355,7 @@ struct NormForwardPass : NormPass<T> {
             store(out + n * l.channel_row + c, proj_norm.apply(c, value));
           }
         }
-        l.io.store_window(Window(args.y, l, a.height, a.width, window), l.window, {1, l.channels, l.channel_row, l.channel_row}, out);
+        l.io.store_window(Window(args.y, l, a.height, a.width, window), l.window, {1, l.channels, l.channel_row, l.channel_row}, out, false);
       }
     });
   }
@@ -613,7 +613,7 @@ struct NormBackwardPass : NormPass<T> {
         Buffer<T> through(N * l.split_row);
         for (int64_t window = range.begin; window < range.end; ++window) {
           input_gradient(0, window, through);
-          l.io.store_window(Window(args.grad.x, l, a.height, a.width, window), l.window, {l.heads, l.split, l.split_row, l.x_row}, grad_x + window * N * l.x_row);
+          l.io.store_window(Window(args.grad.x, l, a.height, a.width, window), l.window, {l.heads, l.split, l.split_row, l.x_row}, grad_x + window * N * l.x_row, false);
         }
       });
     }

@@ -92,7 +92,7 @@ struct ForwardPass {
     const int64_t count = channels.end - channels.begin;
     if (count <= 0) return;
     const Window at(a.y, l, a.height, a.width, window, channels.begin);
-    l.io.store_window(at, l.window, {1, count, round_up(count, lanes), l.channel_row}, m.out + channels.begin);
+    l.io.store_window(at, l.window, {1, count, round_up(count, lanes), l.channel_row}, m.out + channels.begin, a.add);
   }
 
   // Each worker takes a share of the windows, one after the other.

@@ -33,6 +33,7 @@ struct Attention {
 struct Forward : Attention {
   const void* proj_bias;  // [channels]
   Map y;
+  bool add;  // to what y holds, which may be x itself: each window is read before it is written
 };
 
 // Gradients: contiguous, in the shapes of what they belong to. grad_x.data null: not wanted; the others all null: not wanted.

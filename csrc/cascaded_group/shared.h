@@ -7,6 +7,7 @@
 
 #include "cascaded_group/kernels.h"
 #include "common/gemm.h"
+#include "common/runs.h"
 #include "common/tile.h"
 
 namespace vitkernels {
@@ -14,11 +15,6 @@ namespace VITKERNELS_ISA {
 namespace {
 
 using namespace cascaded_group;
-
-// Channels in groups (heads), each padded to whole vectors; `total` is the distance between tokens.
-struct Channels {
-  int64_t groups, size, row, total;
-};
 
 struct Window;
 
@@ -29,7 +25,7 @@ struct Storage {
   bool plain;     // stored in T
   int64_t bytes;  // of an element
   void (*load_window)(const Window& at, int64_t window, const Channels& channels, T* out);
-  void (*store_window)(const Window& at, int64_t window, const Channels& channels, const T* in);
+  void (*store_window)(const Window& at, int64_t window, const Channels& channels, const T* in, bool add);
   // target[r][c] = source[r * row_stride + c * column_stride].
   void (*pack)(const void* source, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* target, int64_t target_row);
   void (*downcast)(const T* source, int64_t count, void* target);
@@ -85,74 +81,6 @@ struct Window {
   }
 };
 
-template <class S>
-inline void load_run(const S* base, int64_t dim_stride, int64_t token_stride, int64_t count, const Channels& c, Arith<S>* out) {
-  using T = Arith<S>;
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t out_row = c.total;
-  for (int64_t g = 0; g < c.groups; ++g) {
-    for (int64_t j = 0; j < c.row; j += lanes) {
-      const S* source = base + (g * c.size + j) * dim_stride;
-      T* target = out + g * c.row + j;
-      const int64_t channels = min_of(c.size - j, lanes);
-      if (token_stride == 1) {
-        for (int64_t t = 0; t < count; t += lanes) {
-          const int64_t n = min_of(count - t, lanes);
-          Vec<T> block[lanes] = {};
-          for (int64_t i = 0; i < channels; ++i) block[i] = n == lanes ? load(source + i * dim_stride + t) : load_partial(source + i * dim_stride + t, n);
-          transpose<T>(block);
-          for (int64_t i = 0; i < n; ++i) store(target + (t + i) * out_row, block[i]);
-        }
-      } else if (dim_stride == 1) {
-        for (int64_t t = 0; t < count; ++t) {
-          const S* token = source + t * token_stride;
-          store(target + t * out_row, channels == lanes ? load(token) : load_partial(token, channels));
-        }
-      } else {
-        for (int64_t t = 0; t < count; ++t) {
-          for (int64_t i = 0; i < lanes; ++i) target[t * out_row + i] = i < channels ? to_float(source[i * dim_stride + t * token_stride]) : T(0);
-        }
-      }
-    }
-  }
-}
-
-template <class S>
-inline void store_run(S* base, int64_t dim_stride, int64_t token_stride, int64_t count, const Channels& c, const Arith<S>* in) {
-  using T = Arith<S>;
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t in_row = c.total;
-  const auto put = [](S* target, Vec<T> v, int64_t n) {
-    if (n == lanes) {
-      store(target, v);
-    } else {
-      store_partial(target, v, n);
-    }
-  };
-  for (int64_t g = 0; g < c.groups; ++g) {
-    for (int64_t j = 0; j < c.row; j += lanes) {
-      S* target = base + (g * c.size + j) * dim_stride;
-      const T* source = in + g * c.row + j;
-      const int64_t channels = min_of(c.size - j, lanes);
-      if (token_stride == 1) {
-        for (int64_t t = 0; t < count; t += lanes) {
-          const int64_t n = min_of(count - t, lanes);
-          Vec<T> block[lanes] = {};
-          for (int64_t i = 0; i < n; ++i) block[i] = load(source + (t + i) * in_row);
-          transpose<T>(block);
-          for (int64_t i = 0; i < channels; ++i) put(target + i * dim_stride + t, block[i], n);
-        }
-      } else if (dim_stride == 1) {
-        for (int64_t t = 0; t < count; ++t) put(target + t * token_stride, load(source + t * in_row), channels);
-      } else {
-        for (int64_t t = 0; t < count; ++t) {
-          for (int64_t i = 0; i < channels; ++i) store_scalar(target + i * dim_stride + t * token_stride, source[t * in_row + i]);
-        }
-      }
-    }
-  }
-}
-
 // body(data of the run's first token, its number in the window, tokens, token stride) for the runs of equally spaced tokens that a window consists of.
 template <class S, class Body>
 inline void for_runs(const Window& at, int64_t window, const Body& body) {
@@ -173,11 +101,11 @@ void load_window(const Window& at, int64_t window, const Channels& c, Arith<S>* 
   clear(at.rows * window, (window - at.rows) * window);
 }
 
-// The way back; padding pixels are dropped.
+// The way back, or with `add` onto what is there; padding pixels are dropped.
 template <class S>
-void store_window(const Window& at, int64_t window, const Channels& c, const Arith<S>* in) {
+void store_window(const Window& at, int64_t window, const Channels& c, const Arith<S>* in, bool add) {
   const int64_t row = c.total;
-  for_runs<S>(at, window, [&](S* data, int64_t token, int64_t count, int64_t stride) { store_run(data, at.dim_stride, stride, count, c, in + token * row); });
+  for_runs<S>(at, window, [&](S* data, int64_t token, int64_t count, int64_t stride) { store_run(data, at.dim_stride, stride, count, c, in + token * row, add); });
 }
 
 // --- weights ------------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 //   epilogue(row, vector, acc)   acc = sum_k A[row, k] * B[k, lanes of that vector]
 //
 // A is read one element at a time (broadcast) under any two strides, so a weight and its transpose need no packing. B is a dense panel of whole vectors,
-// usually a tile of tokens in the L1 cache. On a tile of two vectors the loop runs at the FMA rate of the core; packing A gains nothing (measured at
-// K = 128 to 512).
+// usually a tile of tokens in the L1 cache; where it is a weight it may be stored in 16 bits, which are widened as they are read. On a tile of two vectors
+// the loop runs at the FMA rate of the core; packing A gains nothing (measured at K = 128 to 512).
 #pragma once
 
 #include "common/simd.h"
@@ -25,9 +25,9 @@ using Block = Vec<T>[kRows][kVectors];
 // The inner loop, a function of its own and never inlined: beside an epilogue the compiler runs out of integer registers for the rows' addresses and
 // keeps them in vector registers or on the stack, in the way of the FMAs (measured: 0.7 of the rate). Handing the block over in memory costs
 // 2 * kRows * kVectors accesses for depth * kRows * kVectors FMAs.
-template <int kRows, int kVectors, class T>
+template <int kRows, int kVectors, class T, class S>
 __attribute__((noinline)) void gemm_block(
-    int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, Block<kRows, kVectors, T>& out) {
+    int64_t depth, const T* a, int64_t a_row, int64_t a_col, const S* b, int64_t b_row, Block<kRows, kVectors, T>& out) {
   // So few accumulators would wait for one another: each sum is kept in four parts, which are also summed more exactly than one long chain.
   constexpr int kParts = kRows * kVectors <= 4 ? 4 : 1;
   Vec<T> acc[kParts][kRows][kVectors] = {};
@@ -77,12 +77,12 @@ inline void for_row_blocks(int64_t rows, const Full& full, const Two& two, const
   if (row < rows) one(row);
 }
 
-template <int kVectors, class T, class Epilogue>
+template <int kVectors, class T, class S, class Epilogue>
 inline void gemm_columns(
-    int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t vector, Epilogue& epilogue) {
+    int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const S* b, int64_t b_row, int64_t vector, Epilogue& epilogue) {
   const auto block = [&]<int kRows>(int64_t row) {
     Block<kRows, kVectors, T> acc;
-    gemm_block<kRows, kVectors, T>(depth, a + row * a_row, a_row, a_col, b, b_row, acc);
+    gemm_block<kRows, kVectors, T, S>(depth, a + row * a_row, a_row, a_col, b, b_row, acc);
     finish_block<kRows, kVectors, T>(acc, row, vector, epilogue);
   };
   for_row_blocks(
@@ -91,9 +91,9 @@ inline void gemm_columns(
 }
 
 // rows x (vectors * lanes) results of depth `depth`; B has `vectors` whole vectors a row.
-template <class T, class Epilogue>
+template <class T, class S, class Epilogue>
 inline void gemm(
-    int64_t rows, int64_t depth, int64_t vectors, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, Epilogue&& epilogue) {
+    int64_t rows, int64_t depth, int64_t vectors, const T* a, int64_t a_row, int64_t a_col, const S* b, int64_t b_row, Epilogue&& epilogue) {
   int64_t vector = 0;
   for (; vector + 2 <= vectors; vector += 2) gemm_columns<2>(rows, depth, a, a_row, a_col, b + vector * kLanes<T>, b_row, vector, epilogue);
   if (vector < vectors) gemm_columns<1>(rows, depth, a, a_row, a_col, b + vector * kLanes<T>, b_row, vector, epilogue);

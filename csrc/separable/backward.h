@@ -382,7 +382,7 @@ void self_backward_tiled(const SelfBackward& a) {
     }
     // dW_k = sum over groups of context_grad (outer) pooled
     gemm<T>(
-        rows.end - rows.begin, K, padded_dim / lanes, all_context_grad + rows.begin, 1, dim, padded_pooled, padded_dim,
+        rows.end - rows.begin, K, padded_dim / lanes, all_context_grad + rows.begin, 1, dim, padded_pooled.get(), padded_dim,
         [&](int64_t row, int64_t vector, Vec<T> acc) { store(block + row * padded_dim + vector * lanes, acc); });
     for (int64_t r = rows.begin; r < rows.end; ++r) write_row(weight + (1 + r) * dim, block + (r - rows.begin) * padded_dim);
     if (task == 0) store_scalar(bias, T(0));  // a softmax does not change when all its logits shift by b_q

@@ -47,8 +47,8 @@ def attention(x: Tensor) -> nn.Module:
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every folding of weights."""
     calls: list[int] = []
-    fold = _cascade._folded
-    monkeypatch.setattr(_cascade, "_folded", lambda *arguments: calls.append(1) or fold(*arguments))
+    fold = _cascade.folded
+    monkeypatch.setattr(_cascade, "folded", lambda *arguments: calls.append(1) or fold(*arguments))
     return calls
 
 

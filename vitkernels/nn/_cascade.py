@@ -131,12 +131,12 @@ def attend(module: Any, x: Tensor, *, partition: bool) -> Tensor | str:
         if backends.select(name, x) == "reference":
             return "no kernel for training runs here, and without one the original code is the best there is"
     if entry is None or live or wanted:
-        if (reason := _why_not_tensors(cascade, x)) is not None:
+        if (reason := why_not_tensors(cascade, x)) is not None:
             return reason
         if live:
             return _attend_live(cascade, x, window)
-        return op.attend(x.to(dtype), _folded(cascade, dtype), scale=cascade.scale, window=window)
-    packed = entry.value((x.dtype, dtype, x.device), lambda: _why_not_tensors(cascade, x) or _for_kernels(_folded(cascade, dtype)))
+        return op.attend(x.to(dtype), folded(cascade, dtype), scale=cascade.scale, window=window)
+    packed = entry.value((x.dtype, dtype, x.device), lambda: why_not_tensors(cascade, x) or _for_kernels(folded(cascade, dtype)))
     return packed if isinstance(packed, str) else op.attend(x.to(dtype), packed, scale=cascade.scale, window=window)
 
 
@@ -164,30 +164,15 @@ def _attend_live(cascade: Cascade, x: Tensor, window: int | None) -> Tensor:
     return y
 
 
-def _why_not_tensors(cascade: Cascade, x: Tensor) -> str | None:
+def why_not_tensors(cascade: Cascade, x: Tensor) -> str | None:
     """Weights of other shapes than their layers say, no plain tensors, or of dtypes and devices that do not go together."""
-    for layer in cascade.layers():
-        conv = layer.conv
-        if tuple(conv.weight.shape) != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
-            return f"a convolution's weight has shape {tuple(conv.weight.shape)}"
     table = cascade.attention_biases
     if tuple(table.shape) != (len(cascade.qkvs), cascade.window**2):
         return f"its attention_biases have shape {tuple(table.shape)}, not [heads, window * window]"
-    plain = [layer.conv.weight for layer in cascade.layers()] + [layer.conv.bias for layer in cascade.layers()]
-    if (reason := _checks.why_not_operands(x, cascade.attention_biases, *plain)) is not None:
-        return reason
-    dtypes = (_conv_norm.compute_dtype(x), _define.accumulation_dtype(x.dtype))
-    for norm in cascade.norms():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            assert tensor is not None
-            if (reason := _checks.why_not_weight("a norm's parameter", tensor)) is not None:
-                return reason
-            if tensor.device != x.device or tensor.dtype not in dtypes:
-                return f"the input is {x.dtype} on {x.device}, a norm's parameter {tensor.dtype} on {tensor.device}"
-    return None
+    return _conv_norm.why_not_operands(cascade.layers(), x, table)
 
 
-def _folded(cascade: Cascade, dtype: torch.dtype) -> op.Packed:
+def folded(cascade: Cascade, dtype: torch.dtype) -> op.Packed:
     """The weights with the norms folded in, packed, in ``dtype``; differentiable, in some thirty torch calls whatever the number of heads."""
     qkvs, dws, proj = cascade.qkvs, cascade.dws, cascade.proj
     norms = cascade.norms()

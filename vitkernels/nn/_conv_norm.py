@@ -125,12 +125,42 @@ def fold(norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, T
     return factor, torch.addcmul(bias, mean, factor, value=-1)
 
 
-def _folded(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution, in the dtype of the convolution's weight."""
+def folded(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the one convolution that a layer is with its norm frozen, computed in ``dtype``."""
     conv, norm = layer
-    assert norm is not None
-    factor, shift = fold([norm], _define.accumulation_dtype(conv.weight.dtype))
-    return (conv.weight * factor[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
+    weight = conv.weight.to(dtype)
+    if norm is None:
+        return weight, None if conv.bias is None else conv.bias.to(dtype)
+    factor, shift = fold([norm], dtype)
+    return weight * factor[:, None, None, None], shift
+
+
+def _folded(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The same in the dtype of the convolution's weight."""
+    dtype = layer.conv.weight.dtype
+    weight, bias = folded(layer, _define.accumulation_dtype(dtype))
+    assert bias is not None
+    return weight.to(dtype), bias.to(dtype)
+
+
+def why_not_operands(layers: Sequence[Layer], x: Tensor, *others: Tensor) -> str | None:
+    """Weights (``others`` among them) of other shapes than their layers say, no plain tensors, or of dtypes and devices that do not go with ``x``."""
+    for layer in layers:
+        conv = layer.conv
+        if tuple(conv.weight.shape) != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
+            return f"a convolution's weight has shape {tuple(conv.weight.shape)}"
+    plain = [layer.conv.weight for layer in layers] + [layer.conv.bias for layer in layers]
+    if (reason := _checks.why_not_operands(x, *others, *plain)) is not None:
+        return reason
+    dtypes = (compute_dtype(x), _define.accumulation_dtype(x.dtype))
+    for norm in (layer.norm for layer in layers if layer.norm is not None):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            assert tensor is not None
+            if (reason := _checks.why_not_weight("a norm's parameter", tensor)) is not None:
+                return reason
+            if tensor.device != x.device or tensor.dtype not in dtypes:
+                return f"the input is {x.dtype} on {x.device}, a norm's parameter {tensor.dtype} on {tensor.device}"
+    return None
 
 
 @torch.no_grad()

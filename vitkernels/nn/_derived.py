@@ -33,7 +33,7 @@ class _Snapshot:
     It holds no reference to the module itself, but to everything below: an identity that is compared must not be given to another object meanwhile.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, below: tuple[str, ...] = ()) -> None:
         modules = list(module.modules())
         self._below = modules[1:]
         self._classes = list(map(type, self._below))
@@ -42,6 +42,7 @@ class _Snapshot:
         self._tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
         self._contents: list[Any] = list(chain.from_iterable(map(dict.values, self._tables)))
         self._settings = [(get, m) for m in self._below for kind, get in _SETTINGS.items() if isinstance(m, kind)]
+        self._settings += [(attrgetter(name, "training"), m) for m in self._below for name in below if name in m.__dict__]
         self._values = [get(m) for get, m in self._settings]
         self.tensors: list[Tensor] = [value for value in self._contents if isinstance(value, Tensor)]
 
@@ -70,8 +71,8 @@ class _State(Generic[Value]):
 class _Entry(Generic[Plan, Value]):
     """What is known of one module."""
 
-    def __init__(self, module: nn.Module, plan: Plan, settings: Any) -> None:
-        self.snapshot = _Snapshot(module)
+    def __init__(self, module: nn.Module, plan: Plan, settings: Any, below: tuple[str, ...]) -> None:
+        self.snapshot = _Snapshot(module, below)
         self.plan, self.settings = plan, settings
         self._state: _State[Value] = _State([], [], {})
 
@@ -119,10 +120,11 @@ class Derived(Generic[Plan, Value]):
     Args:
         plan: makes the plan of a module.
         settings: what the plan read of the module's own attributes, beside everything below it.
+        below: names of attributes, other than those of convolutions and norms, that the plan read of modules below it.
     """
 
-    def __init__(self, plan: Callable[[Any], Plan], settings: Callable[[Any], Any]) -> None:
-        self._plan, self._settings = plan, settings
+    def __init__(self, plan: Callable[[Any], Plan], settings: Callable[[Any], Any], below: tuple[str, ...] = ()) -> None:
+        self._plan, self._settings, self._below = plan, settings, below
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry[Plan, Value]] = weakref.WeakKeyDictionary()
         _all.append(self)
 
@@ -131,8 +133,13 @@ class Derived(Generic[Plan, Value]):
         entry = self._entries.get(module)
         settings = self._settings(module)
         if entry is None or entry.settings != settings or not entry.snapshot.holds():
-            entry = self._entries[module] = _Entry(module, self._plan(module), settings)
+            entry = self._entries[module] = _Entry(module, self._plan(module), settings, self._below)
         return entry
+
+    def forget(self, module: nn.Module) -> None:
+        """Drop the values of ``module``, if there are any; see :meth:`_Entry.forget`."""
+        if (entry := self._entries.get(module)) is not None:
+            entry.forget()
 
     def drop(self, module: nn.Module) -> None:
         self._entries.pop(module, None)

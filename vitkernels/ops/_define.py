@@ -63,6 +63,17 @@ def define(
             library.impl(name, _autocast(forward_op, key, device, cast_by_autocast), key)
 
 
+def define_for_inference(name: str, *, schema: str, fake: Callable[..., Any], instead: str) -> None:
+    """Define ``vitkernels::<name>``, a compiled op without a gradient; asked for one it raises, and names what to call ``instead``."""
+
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"vitkernels::{name} is for inference and has no gradient; {instead} has")
+
+    COMPILED.define(name + schema, tags=_TAGS)
+    torch.library.register_fake(f"vitkernels::{name}", fake, lib=COMPILED)
+    torch.library.register_autograd(f"vitkernels::{name}", raise_error, lib=COMPILED)
+
+
 def implement_in_triton(family: str, *names: str) -> None:
     """Take ``<name>`` and ``<name>_backward`` of each op from ``vitkernels/ops/<family>/triton.py``, where the triton package is installed."""
     if not native.has_module("triton"):

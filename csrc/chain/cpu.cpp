@@ -1,0 +1,18 @@
+// Chains of layers of a convolutional network on the CPU, compiled once per instruction set. What each layer computes is in vitkernels/ops/chain/reference.py.
+#include "chain/run.h"
+
+namespace vitkernels {
+namespace VITKERNELS_ISA {
+namespace {
+
+void run_any(const chain::Chain& a) { VITKERNELS_FOR_DTYPE(run) }
+
+}  // namespace
+
+const chain::Kernels& chain_kernels() {
+  static constexpr chain::Kernels kernels = {run_any};
+  return kernels;
+}
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels

@@ -1,0 +1,52 @@
+// Chains of layers of a convolutional network, one table of kernels per instruction set. Plain structs of pointers: no PyTorch here.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/map.h"
+
+namespace vitkernels::chain {
+
+enum class Kind : int64_t { kConvolution, kDepthwise, kFeedForward, kSqueezeExcite, kAttention };
+
+// One layer, from a map [height, width, channels] to [out_height, out_width, out_channels]. A pixel's channels are neighbours in memory, `row` elements from
+// one pixel to the next.
+struct Layer {
+  Kind kind;
+  int64_t channels, height, width, row;
+  int64_t out_channels, out_height, out_width, out_row;
+  bool residual;                    // the input is added to the result
+  bool relu;                        // of a convolution or a depthwise one, before that
+  int64_t kernel, stride, padding;  // likewise
+  int64_t hidden;                   // channels inside a feed-forward layer or a squeeze-and-excitation
+  int64_t heads, key_dim, value_dim, window;  // of a cascaded group attention
+  const int64_t* kernel_sizes;                // one per head
+  int64_t matrices[2], vectors[7];  // where its weights begin, in the order in which vitkernels/ops/chain/op.py packs them
+};
+
+// Channels of a pixel, columns of a matrix and pieces of `vectors` are padded to a multiple of this, for whole vectors of every instruction set.
+constexpr int64_t kAlign = 16;
+// A matrix [depth, columns] lies in panels of so many columns, one after the other, each [depth][kPanelColumns] (the last one may be narrower).
+constexpr int64_t kPanelColumns = 32;
+
+struct Chain {
+  Dtype dtype;  // of x, y and the matrices
+  int64_t batch;
+  Map x, y;
+  const void *matrices, *vectors;  // the vectors are in the accumulation type
+  const Layer* layers;
+  int64_t count;
+};
+
+struct Kernels {
+  void (*run)(const Chain&);
+};
+
+}  // namespace vitkernels::chain
+
+// Each instruction set's table, defined by chain/cpu.cpp compiled for it.
+namespace vitkernels::baseline { const chain::Kernels& chain_kernels(); }
+namespace vitkernels::avx2 { const chain::Kernels& chain_kernels(); }
+namespace vitkernels::avx512 { const chain::Kernels& chain_kernels(); }
+namespace vitkernels::avx512_bf16 { const chain::Kernels& chain_kernels(); }

@@ -1,0 +1,332 @@
+// A chain of layers, a few images at a time so that their maps stay in the cache.
+//
+// Inside, a map is [pixels][channels padded to whole vectors], the images of a pass one after the other: a 1x1 convolution is a product with as many columns
+// as channels, a depthwise one works on vectors of channels, and neither sees how large a map is or where one image ends. Workers share the pixels of a layer;
+// a layer that looks at one pixel alone runs on a tile as soon as the layer before has made it.
+#pragma once
+
+#include "cascaded_group/kernels.h"
+#include "chain/kernels.h"
+#include "common/gemm.h"
+#include "common/runs.h"
+#include "common/tile.h"
+
+namespace vitkernels {
+namespace VITKERNELS_ISA {
+namespace {
+
+using namespace chain;
+
+// Pixels of a tile: whole blocks of rows for 6 and for 8, and few enough for what is between two products to stay in the L2 cache.
+constexpr int64_t kTile = 48;
+// Of the maps of the images of a pass, in bytes.
+constexpr int64_t kMaps = 4 << 20;
+
+template <class S>
+struct Pass {
+  using T = Arith<S>;
+  static constexpr int64_t lanes = kLanes<T>;
+
+  const Chain& a;
+
+  const S* matrix(const Layer& l, int64_t i) const { return static_cast<const S*>(a.matrices) + l.matrices[i]; }
+  const T* vector(const Layer& l, int64_t i) const { return static_cast<const T*>(a.vectors) + l.vectors[i]; }
+
+  // epilogue(row, column, sums of the vector of columns there) for the product of `rows` rows with the panels [from, to) of a matrix [depth, columns].
+  template <class Epilogue>
+  static void multiply(int64_t rows, int64_t depth, int64_t columns, const T* left, int64_t left_row, const S* matrix, Range panels, const Epilogue& epilogue) {
+    for (int64_t first = panels.begin * kPanelColumns; first < min_of(panels.end * kPanelColumns, columns); first += kPanelColumns) {
+      const int64_t width = min_of(round_up(columns, kAlign) - first, kPanelColumns);
+      gemm<T>(rows, depth, width / lanes, left, left_row, 1, matrix + first * depth, width, [&](int64_t row, int64_t v, Vec<T> acc) {
+        epilogue(row, first + v * lanes, acc);
+      });
+    }
+  }
+  static Range all(int64_t columns) { return {0, ceil_div(columns, kPanelColumns)}; }
+
+  // body(first, count) for tiles of [0, rows), each worker's neighbours.
+  template <class Body>
+  static void by_tiles(int64_t rows, const Body& body) {
+    const int64_t blocks = ceil_div(rows, kBlockRows), workers = min_of(num_threads(), blocks);
+    parallel(workers, [&](int64_t worker) {
+      const Range own = share(blocks, worker, workers);
+      const int64_t end = min_of(own.end * kBlockRows, rows);
+      for (int64_t first = own.begin * kBlockRows; first < end; first += kTile) body(first, min_of(kTile, end - first));
+    });
+  }
+
+  // --- between tensors and maps -------------------------------------------------------------------------------------------------------
+
+  // body(data of the first pixel, pixels, stride, number of the pixel in the pass) for runs of equally spaced pixels of `images` images of a map.
+  template <class Body>
+  static void by_runs(const Map& map, int64_t first_image, int64_t images, int64_t height, int64_t width, const Body& body) {
+    const int64_t pixels = height * width, blocks = ceil_div(images * pixels, kAlign), workers = min_of(num_threads(), blocks);
+    const bool flat = height == 1 || width == 1 || map.height_stride == width * map.width_stride;
+    parallel(workers, [&](int64_t worker) {
+      const Range own = share(blocks, worker, workers);
+      for (int64_t at = own.begin * kAlign; at < min_of(own.end * kAlign, images * pixels);) {
+        const int64_t pixel = at % pixels, left = min_of(own.end * kAlign, images * pixels) - at;
+        const int64_t count = min_of(left, flat ? pixels - pixel : width - pixel % width);
+        S* data = static_cast<S*>(map.data) + (first_image + at / pixels) * map.batch_stride + pixel / width * map.height_stride + pixel % width * map.width_stride;
+        body(data, count, width == 1 ? map.height_stride : map.width_stride, at);
+        at += count;
+      }
+    });
+  }
+
+  void read_maps(int64_t first, int64_t images, T* out) const {
+    const Layer& l = a.layers[0];
+    const int64_t channels = l.channels, row = l.row;
+    by_runs(a.x, first, images, l.height, l.width, [&](const S* data, int64_t count, int64_t stride, int64_t at) {
+      if (row % lanes == 0) return load_run(data, a.x.dim_stride, stride, count, {1, channels, round_up(channels, lanes), row}, out + at * row);
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < count; ++i) out[(at + i) * row + c] = to_float(data[c * a.x.dim_stride + i * stride]);
+      }
+    });
+  }
+
+  void write_maps(int64_t first, int64_t images, const T* in) const {
+    const Layer& l = a.layers[a.count - 1];
+    by_runs(a.y, first, images, l.out_height, l.out_width, [&](S* data, int64_t count, int64_t stride, int64_t at) {
+      store_run(data, a.y.dim_stride, stride, count, {1, l.out_channels, round_up(l.out_channels, lanes), l.out_row}, in + at * l.out_row);
+    });
+  }
+
+  // --- layers that slide over the map, for output pixels [first, first + count) -----------------------------------------------------------
+
+  // One output pixel's window: the taps [top, bottom) x [left, right) lie in the map, the others are zero padding.
+  struct Field {
+    int64_t top, bottom, left, right;
+    const T* corner;  // of tap (0, 0), which may lie outside
+
+    Field(const Layer& l, const T* in, int64_t at) {
+      const int64_t pixels = l.out_height * l.out_width, pixel = at % pixels;
+      const int64_t y = pixel / l.out_width * l.stride - l.padding, x = pixel % l.out_width * l.stride - l.padding;
+      top = max_of<int64_t>(-y, 0), bottom = min_of(l.height - y, l.kernel);
+      left = max_of<int64_t>(-x, 0), right = min_of(l.width - x, l.kernel);
+      corner = in + ((at / pixels * l.height + y) * l.width + x) * l.row;
+    }
+  };
+
+  // Whole vectors: what is read and written too much is overwritten by what follows, or lies in the slack behind.
+  static T* copy(const T* source, int64_t count, T* target) {
+    for (int64_t i = 0; i < count; i += lanes) store(target + i, load(source + i));
+    return target + count;
+  }
+  static T* clear(int64_t count, T* target) {
+    for (int64_t i = 0; i < count; i += lanes) store(target + i, Vec<T>{});
+    return target + count;
+  }
+  static int64_t patch_row(const Layer& l) { return l.kernel * l.kernel * l.channels + kAlign; }
+
+  // The windows of some pixels as rows [dy][dx][channel].
+  static void gather(const Layer& l, const T* in, int64_t first, int64_t count, T* patches) {
+    const int64_t channels = l.channels, line = l.kernel * channels;
+    for (int64_t i = 0; i < count; ++i) {
+      const Field field(l, in, first + i);
+      T* target = patches + i * patch_row(l);
+      for (int64_t dy = 0; dy < l.kernel; ++dy) {
+        if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
+          target = clear(line, target);
+          continue;
+        }
+        const T* source = field.corner + dy * l.width * l.row;
+        target = clear(field.left * channels, target);
+        if (l.row == channels) {
+          target = copy(source + field.left * l.row, (field.right - field.left) * channels, target);
+        } else {
+          for (int64_t dx = field.left; dx < field.right; ++dx) target = copy(source + dx * l.row, channels, target);
+        }
+        target = clear((l.kernel - field.right) * channels, target);
+      }
+    }
+  }
+
+  void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count) const {
+    const bool direct = l.kernel == 1 && l.stride == 1 && l.padding == 0;
+    Buffer<T> patches(direct ? 0 : count * patch_row(l) + kAlign);
+    if (!direct) gather(l, in, first, count, patches);
+    const T *left = direct ? in + first * l.row : patches.get(), *bias = vector(l, 0);
+    multiply(count, l.kernel * l.kernel * l.channels, l.out_channels, left, direct ? l.row : patch_row(l), matrix(l, 0), all(l.out_channels),
+             [&](int64_t row, int64_t column, Vec<T> acc) {
+               Vec<T> y = acc + load(bias + column);
+               if (l.relu) y = relu(y);
+               if (l.residual) y += load(in + (first + row) * l.row + column);
+               store(out + (first + row) * l.out_row + column, y);
+             });
+  }
+
+  // One pixel of a depthwise convolution, kVectors vectors of channels from c on.
+  template <int kVectors>
+  void depthwise_pixel(const Layer& l, const Field& field, const T* input, T* output, int64_t c) const {
+    const T *taps = vector(l, 0) + c, *bias = vector(l, 1) + c;
+    Vec<T> acc[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[j] = load(bias + j * lanes);
+    for (int64_t dy = field.top; dy < field.bottom; ++dy) {
+      for (int64_t dx = field.left; dx < field.right; ++dx) {
+        const T *weight = taps + (dy * l.kernel + dx) * l.row, *pixel = field.corner + (dy * l.width + dx) * l.row + c;
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) acc[j] += load(weight + j * lanes) * load(pixel + j * lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      Vec<T> y = l.relu ? relu(acc[j]) : acc[j];
+      if (l.residual) y += load(input + c + j * lanes);
+      store(output + c + j * lanes, y);
+    }
+  }
+
+  void depthwise(const Layer& l, const T* in, T* out, int64_t first, int64_t count) const {
+    for (int64_t at = first; at < first + count; ++at) {
+      const Field field(l, in, at);
+      const T* input = in + at * l.row;
+      T* output = out + at * l.out_row;
+      int64_t c = 0;
+      for (; c + 4 * lanes <= l.row; c += 4 * lanes) depthwise_pixel<4>(l, field, input, output, c);
+      for (; c < l.row; c += lanes) depthwise_pixel<1>(l, field, input, output, c);
+    }
+  }
+
+  // --- layers that work in place ----------------------------------------------------------------------------------------------------------
+
+  void feed_forward(const Layer& l, T* map, int64_t first, int64_t count) const {
+    const int64_t hidden_row = round_up(l.hidden, kAlign);
+    Buffer<T> hidden(count * hidden_row);
+    T* x = map + first * l.row;
+    const T *inner = vector(l, 0), *outer = vector(l, 1);
+    multiply(count, l.channels, l.hidden, x, l.row, matrix(l, 0), all(l.hidden), [&](int64_t row, int64_t column, Vec<T> acc) {
+      store(hidden + row * hidden_row + column, relu(acc + load(inner + column)));
+    });
+    multiply(count, l.hidden, l.channels, hidden, hidden_row, matrix(l, 1), all(l.channels), [&](int64_t row, int64_t column, Vec<T> acc) {
+      T* target = x + row * l.row + column;
+      const Vec<T> y = acc + load(outer + column);
+      store(target, l.residual ? y + load(target) : y);
+    });
+  }
+
+  // body(panels) for shares of a matrix's panels, for products of too few rows to share these.
+  template <class Body>
+  static void by_panels(int64_t columns, const Body& body) {
+    const int64_t panels = ceil_div(columns, kPanelColumns), workers = min_of(num_threads(), panels);
+    parallel(workers, [&](int64_t worker) { body(share(panels, worker, workers)); });
+  }
+
+  void squeeze_excite(const Layer& l, int64_t images, T* map) const {
+    const int64_t pixels = l.height * l.width, hidden_row = round_up(l.hidden, kAlign), vectors = l.row / lanes;
+    Buffer<T> memory(images * (2 * l.row + hidden_row));
+    T *mean = memory, *hidden = mean + images * l.row, *gate = hidden + images * hidden_row;
+    const T *inner = vector(l, 0), *outer = vector(l, 1);
+    const int64_t workers = min_of(num_threads(), images * vectors);
+    parallel(workers, [&](int64_t worker) {
+      const Range own = share(images * vectors, worker, workers);
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        // Line by line: one long sum in an accumulator would round more than what it is compared with.
+        const T* x = map + i / vectors * pixels * l.row + i % vectors * lanes;
+        Vec<T> sum{};
+        for (int64_t y = 0; y < l.height; ++y) {
+          Vec<T> line{};
+          for (int64_t p = y * l.width; p < (y + 1) * l.width; ++p) line += load(x + p * l.row);
+          sum += line;
+        }
+        store(mean + i / vectors * l.row + i % vectors * lanes, sum / static_cast<T>(pixels));
+      }
+    });
+    by_panels(l.hidden, [&](Range panels) {
+      multiply(images, l.channels, l.hidden, mean, l.row, matrix(l, 0), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
+        store(hidden + image * hidden_row + column, relu(acc + load(inner + column)));
+      });
+    });
+    by_panels(l.channels, [&](Range panels) {
+      multiply(images, l.hidden, l.channels, hidden, hidden_row, matrix(l, 1), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
+        store(gate + image * l.row + column, T(1) / (T(1) + exp(-(acc + load(outer + column)))));
+      });
+    });
+    by_tiles(images * pixels, [&](int64_t first, int64_t count) {
+      for (int64_t at = first; at < first + count; ++at) {
+        T* x = map + at * l.row;
+        const T* factor = gate + at / pixels * l.row;
+        for (int64_t c = 0; c < l.row; c += lanes) {
+          const Vec<T> old = load(x + c), product = old * load(factor + c);
+          store(x + c, l.residual ? product + old : product);
+        }
+      }
+    });
+  }
+
+  // --- attention ----------------------------------------------------------------------------------------------------------------------------
+
+  void attend(const Layer& l, int64_t images, T* in, T* out) const {
+    const int64_t split = l.channels / l.heads, rows = 2 * l.key_dim + l.value_dim;
+    const auto map = [&](T* data) { return Map{data, l.height * l.width * l.row, 1, l.width * l.row, l.row}; };
+    cascaded_group::Forward args{};
+    args.dtype = std::is_same_v<T, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+    args.batch = images, args.channels = l.channels, args.height = l.height, args.width = l.width;
+    args.heads = l.heads, args.key_dim = l.key_dim, args.value_dim = l.value_dim, args.window = l.window;
+    args.kernel_sizes = l.kernel_sizes;
+    args.scale = 1;  // it is part of the depthwise weights
+    args.x = map(in), args.y = map(out), args.add = l.residual;
+    args.qkv_weight = {vector(l, 0), split * rows, 1, rows};
+    args.qkv_bias = vector(l, 1), args.dw_weight = vector(l, 2), args.dw_bias = vector(l, 3), args.attention_bias = vector(l, 4);
+    args.proj_weight = {vector(l, 5), 0, 1, l.channels};
+    args.proj_bias = vector(l, 6);
+    cascaded_group_kernels().forward(args);
+  }
+
+  // --- the chain ----------------------------------------------------------------------------------------------------------------------------
+
+  // Returns which of the two buffers holds the result of the last layer.
+  T* layers(int64_t images, T* in, T* out) const {
+    for (int64_t i = 0; i < a.count; ++i) {
+      const Layer& l = a.layers[i];
+      switch (l.kind) {
+        case Kind::kConvolution:
+        case Kind::kDepthwise:
+          by_tiles(images * l.out_height * l.out_width, [&](int64_t first, int64_t count) {
+            l.kind == Kind::kDepthwise ? depthwise(l, in, out, first, count) : convolve(l, in, out, first, count);
+            for (int64_t j = i + 1; j < a.count && a.layers[j].kind == Kind::kFeedForward; ++j) feed_forward(a.layers[j], out, first, count);
+          });
+          while (i + 1 < a.count && a.layers[i + 1].kind == Kind::kFeedForward) ++i;
+          std::swap(in, out);
+          break;
+        case Kind::kFeedForward:
+          by_tiles(images * l.height * l.width, [&](int64_t first, int64_t count) { feed_forward(l, in, first, count); });
+          break;
+        case Kind::kSqueezeExcite:
+          squeeze_excite(l, images, in);
+          break;
+        case Kind::kAttention:
+          if (l.residual) {
+            attend(l, images, in, in);
+          } else {
+            attend(l, images, in, out);
+            std::swap(in, out);
+          }
+      }
+    }
+    return in;
+  }
+};
+
+template <class S>
+void run(const Chain& a) {
+  using T = Arith<S>;
+  int64_t largest = a.layers[0].height * a.layers[0].width * a.layers[0].row;
+  for (int64_t i = 0; i < a.count; ++i) largest = max_of(largest, a.layers[i].out_height * a.layers[i].out_width * a.layers[i].out_row);
+  // Passes of equally many images; more than what fits where there are workers for them.
+  const int64_t fit = max_of(kMaps / (2 * largest * static_cast<int64_t>(sizeof(T))), num_threads());
+  const int64_t passes = ceil_div(a.batch, fit), images = ceil_div(a.batch, max_of<int64_t>(passes, 1));
+  Buffer<T> maps(2 * (images * largest + kAlign));
+  T *const first = maps, *const second = first + images * largest + kAlign;
+  const Pass<S> pass{a};
+  for (int64_t image = 0; image < a.batch; image += images) {
+    const int64_t count = min_of(images, a.batch - image);
+    pass.read_maps(image, count, first);
+    pass.write_maps(image, count, pass.layers(count, first, second));
+  }
+}
+
+}  // namespace
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels

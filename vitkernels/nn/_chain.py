@@ -1,0 +1,187 @@
+"""Chains of layers of modules: what a part of a convolutional network has to be to run as one op in inference.
+
+A walk over the modules (:class:`Walk`) says which layers they are, in steps that hold the modules' own tensors; folding the norms into these makes the
+layers of :mod:`vitkernels.ops.chain`, which are kept packed until something they came from changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import backends
+from vitkernels.nn import _cascade, _checks, _conv_norm
+from vitkernels.nn._cascade import Cascade
+from vitkernels.nn._conv_norm import Layer
+from vitkernels.nn._derived import Derived, gradient_wanted
+from vitkernels.ops import _define
+from vitkernels.ops.chain import op
+from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, SqueezeExcite
+
+SILENT = ""
+"""Why a call is not for the chain where this is as it should be: in training, with gradients, in a compiled graph. Nothing to report."""
+
+
+class Step(NamedTuple):
+    """One layer of a chain, with the modules it is made of."""
+
+    kind: type
+    layers: tuple[Layer, ...]
+    cascade: Cascade | None = None
+    relu: bool = False
+    residual: bool = False
+
+
+class Other(Exception):
+    """A module is not what the walk took it for; the message says which and why."""
+
+
+class Walk:
+    """Finds the steps of modules. What a class is made of is told by :attr:`known`, by the name of the class."""
+
+    known: dict[str, Callable[[Walk, str, Any], list[Step]]]
+
+    def __init__(self, known: dict[str, Callable[[Walk, str, Any], list[Step]]], name_of: Callable[[nn.Module], str]) -> None:
+        self.known, self._name_of = known, name_of
+
+    def steps(self, name: str, module: Any) -> list[Step]:
+        """The steps of a module that the walk knows, or of a sequence of such.
+
+        Raises:
+            Other: it has a hook, or is of a class that the walk does not know.
+        """
+        if name and _checks.hooked(module):
+            raise Other(f"{name} {_checks.HOOKED}")
+        if (find := self.known.get(self._name_of(module))) is not None:
+            return find(self, name, module)
+        if type(module) is nn.Identity:
+            return []
+        if type(module) is not nn.Sequential:
+            raise Other(f"{name} is a {type(module).__name__}, which is not known")
+        return [step for child, part in module._modules.items() for step in self.steps(below(name, child), part)]
+
+
+def below(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def layer(name: str, module: Any) -> Layer:
+    """A convolution and its norm, or a convolution alone."""
+    found = _conv_norm.find(name, module)
+    if isinstance(found, str):
+        raise Other(found)
+    conv = found.conv
+    if conv.kernel_size[0] != conv.kernel_size[1] or conv.stride[0] != conv.stride[1] or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        raise Other(f"{name} is a convolution that is not square, or dilated, or padded with something else than zeros")
+    if isinstance(conv.padding, str) or conv.padding[0] != conv.padding[1]:
+        raise Other(f"{name} is a convolution with padding {conv.padding}")
+    return found
+
+
+def convolution(name: str, module: Any, relu: bool = False) -> Step:
+    """A convolution with its norm and what follows; of one group, or of as many as channels."""
+    found = layer(name, module)
+    conv = found.conv
+    if conv.groups == 1:
+        return Step(Convolution, (found,), relu=relu)
+    if conv.groups == conv.in_channels == conv.out_channels:
+        return Step(Depthwise, (found,), relu=relu)
+    raise Other(f"{name} is a convolution of {conv.groups} groups")
+
+
+def twice(kind: type, names: tuple[str, str], modules: tuple[Any, Any]) -> Step:
+    """Two 1x1 convolutions with a ReLU between, from C channels back to C."""
+    first, second = (layer(name, module) for name, module in zip(names, modules, strict=True))
+    channels, hidden = first.conv.in_channels, first.conv.out_channels
+    for name, found, sizes in ((names[0], first, (channels, hidden)), (names[1], second, (hidden, channels))):
+        if (reason := _checks.why_not_conv1x1(name, found.conv, *sizes)) is not None:
+            raise Other(reason)
+    return Step(kind, (first, second))
+
+
+def plain(name: str, module: Any, kind: type[nn.Module]) -> None:
+    """Raises :class:`Other` unless ``module`` is a ``kind`` whose call can be skipped."""
+    if (reason := _checks.why_not_bypassed(name, module, kind)) is not None:
+        raise Other(reason)
+
+
+def attention(module: Any) -> Step:
+    """Cascaded group attention within windows."""
+    found = _cascade.find(module)
+    if isinstance(found, str):
+        raise Other(found)
+    return Step(Attention, tuple(found.layers()), cascade=found)
+
+
+def _folded(step: Step, dtype: torch.dtype) -> Any:
+    """A step as a layer of the op, in ``dtype``."""
+    if step.cascade is not None:
+        return Attention(_cascade.folded(step.cascade, dtype), step.cascade.scale, step.cascade.window, step.residual)
+    found = []
+    for one in step.layers:
+        weight, bias = _conv_norm.folded(one, dtype)
+        found.append((weight, weight.new_zeros(weight.shape[0]) if bias is None else bias))
+    if step.kind in (FeedForward, SqueezeExcite):
+        return step.kind(*(tensor for weight, bias in found for tensor in (weight.flatten(1), bias)), residual=step.residual)
+    (weight, bias), conv = found[0], step.layers[0].conv
+    return step.kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
+
+
+def _packed(steps: list[Step], x: Tensor) -> op.Packed | str:
+    for step in steps:
+        reason = _conv_norm.why_not_operands(step.layers, x) if step.cascade is None else _cascade.why_not_tensors(step.cascade, x)
+        if reason is not None:
+            return reason
+    return op.pack([_folded(step, _define.accumulation_dtype(x.dtype)) for step in steps], x.dtype)
+
+
+def _plan(module: Any) -> list[Step] | str:
+    try:
+        steps = module._vk_steps()
+    except Other as reason:
+        return str(reason)
+    if any(one.norm is not None and one.norm.training for step in steps for one in step.layers):
+        return SILENT
+    return steps
+
+
+def run(module: Any, x: Tensor) -> Tensor | str:
+    """``module`` of ``x`` as one op, or why this call has to run its layers one by one (:data:`SILENT` where nobody needs to know).
+
+    ``module._vk_steps()`` says what it is made of, or raises :class:`Other`.
+    """
+    if torch.compiler.is_compiling():
+        return SILENT
+    if module.training:
+        _chains.forget(module)
+        return SILENT
+    if (reason := _checks.why_not_tensor(x) or why_no_kernel(x)) is not None:
+        return reason
+    entry = _chains.entry(module)
+    steps = entry.plan
+    if isinstance(steps, str):
+        return steps
+    if gradient_wanted([x, *entry.snapshot.tensors]):
+        entry.forget()
+        return SILENT
+    packed = entry.value((x.dtype, x.device), lambda: _packed(steps, x))
+    if isinstance(packed, str):
+        return packed
+    if x.dim() != 4 or x.shape[1] != packed.channels:
+        return f"the input has shape {tuple(x.shape)}, not [B, {packed.channels}, H, W]"
+    return op.why_not_map(packed.program, *x.shape[1:]) or op.run(x, packed)
+
+
+def why_no_kernel(x: Tensor) -> str | None:
+    """Why there is no kernel for chains where ``x`` is, or why it was not asked for."""
+    if backends.requested() not in ("auto", "native"):
+        return f"backend {backends.requested()!r} was asked for, and a chain of layers has a native kernel alone"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast chooses the dtype of each layer by itself"
+    return backends.why_not("layer_chain", "native", x.device, x.dtype)
+
+
+_chains: Derived[list[Step] | str, op.Packed | str] = Derived(_plan, settings=lambda module: None, below=("key_dim", "scale", "drop", "add_maxpool"))

@@ -1,0 +1,1 @@
+"""Chains of layers of a convolutional network in one call, for inference."""
