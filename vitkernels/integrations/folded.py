@@ -12,11 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkernels import backends, ops
+from vitkernels import backends
 from vitkernels.integrations._fused import Fused, Role, fell_back, original_name
 from vitkernels.nn import _checks, _folded
 from vitkernels.nn._derived import Derived, gradient_wanted
-from vitkernels.nn._folded import Bottleneck, Convolution, Layer, UnfitError, bottleneck, single
+from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
 from vitkernels.ops.bottleneck.op import NAME
 
 Run = Callable[[Tensor], Tensor]
@@ -50,6 +50,8 @@ class Folded(Fused):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if cls._vk_weight(module).is_cuda:
+            return "folding is for the CPU"
         reason = _plan_of(cls, module)
         return reason if isinstance(reason, str) else None
 
@@ -106,7 +108,7 @@ def _plan_now(module: Any) -> Plan | str:
     return plan
 
 
-_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module))
+_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training",))
 
 
 # --- what the zoos' layers are -------------------------------------------------------------------------------------------------------
@@ -156,13 +158,6 @@ def conv_of(module: Any) -> nn.Conv2d:
     return module
 
 
-def linear_of(module: Any) -> Layer:
-    """A plain linear layer."""
-    if type(module) is not nn.Linear:
-        raise UnfitError(f"a {type(module).__name__} stands where a plain Linear should")
-    return Layer(module)
-
-
 def _batch_norm(module: Any) -> nn.BatchNorm2d:
     if module.weight is None or module.bias is None or module.running_mean is None or module.running_var is None or not module.track_running_stats:
         raise UnfitError("a BatchNorm has no weight or no running statistics")
@@ -204,19 +199,39 @@ class ConvNormAct(Folded):
 
 
 class InvertedResidual(Folded):
-    """timm's ``BottleneckBlock`` with a depthwise middle, transformers' ``MobileViTInvertedResidual``: in one op."""
+    """timm's ``BottleneckBlock`` with a depthwise middle, transformers' ``MobileViTInvertedResidual`` and ``MobileViTV2InvertedResidual``: in one op."""
 
     _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (ConvNormAct,)
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
-        return getattr(module, "use_residual", None)
+        return module.__dict__.get("use_residual")
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
-        return Plan(lambda dtype: inverted_residual(module, dtype)) if _inverted(module) else Plan(_never)
+        if original_name(module) == "timm.models.byobnet.BottleneckBlock":
+            layers, residual = (module.conv1_1x1, module.conv2_kxk, module.conv3_1x1), module.shortcut is not None
+            no_change(module.shortcut, module.conv2b_kxk, module.attn, module.attn_last, module.drop_path, module.act)
+        else:
+            layers, residual = (module.expand_1x1, module.conv_3x3, module.reduce_1x1), module.use_residual
+        expand, depthwise, project = map(conv_layer, layers)
+        whole = bottleneck(project, expand=expand, depthwise=depthwise)
+
+        def bind(dtype: torch.dtype) -> Run:
+            run = whole.bind(dtype)
+            return (lambda x: run(x, x)) if residual else run
+
+        return Plan(bind)
 
     def forward(self, x: Tensor) -> Tensor:
         """The original's argument and result."""
         y = self._vk_folded(x)
         return super().forward(x) if y is None else y
+
+
+TABLE: dict[str, type[Fused]] = {
+    "timm.layers.conv_bn_act.ConvNormAct": ConvNormAct,
+    "timm.models.byobnet.BottleneckBlock": InvertedResidual,
+    **dict.fromkeys(_CONV_LAYERS, ConvNormAct),
+    **{name.replace("ConvLayer", "InvertedResidual"): InvertedResidual for name in _CONV_LAYERS},
+}

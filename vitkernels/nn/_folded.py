@@ -7,11 +7,10 @@ A plan says which layers of a module make which passes; binding it to a dtype fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.nn import _checks, _conv_norm
@@ -34,22 +33,16 @@ class Layer:
 
     module: nn.Conv2d | nn.Linear
     norm: nn.BatchNorm2d | None = None
-    scale: Tensor | None = None
-    """A factor for each output channel (LayerScale)."""
     activation: str = "none"
 
     def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the one affine map, in ``dtype``."""
         weight, bias = self.module.weight.to(dtype), self.module.bias
         bias = None if bias is None else bias.to(dtype)
-        factor, shift = self.scale, None
-        if self.norm is not None:
-            factor, shift = _conv_norm.fold([self.norm], dtype)
-        if factor is not None:
-            factor = factor.to(dtype)
-            weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
-            bias = None if bias is None else bias * factor
-        return weight, shift if bias is None else bias if shift is None else bias + shift
+        if self.norm is None:
+            return weight, bias
+        factor, shift = _conv_norm.fold([self.norm], dtype)
+        return weight * factor[:, None, None, None], shift if bias is None else torch.addcmul(shift, bias, factor)
 
     def affine(self, dtype: torch.dtype) -> Affine:
         """The weight as a matrix [out, in]."""
@@ -174,11 +167,6 @@ def single(layer: Layer) -> Bottleneck | Convolution:
     return Bottleneck(layer) if layer.pointwise else Convolution(layer)
 
 
-def scaled(layer: Layer, scale: Tensor | None) -> Layer:
-    """``layer`` with a factor for each output channel."""
-    return layer if scale is None else replace(layer, scale=scale)
-
-
 def why_not_tensors(x: Tensor, tensors: Iterable[Tensor]) -> str | None:
     """Weights that are no plain tensors, or not of the kind of ``x``."""
     for tensor in tensors:
@@ -187,8 +175,3 @@ def why_not_tensors(x: Tensor, tensors: Iterable[Tensor]) -> str | None:
         if tensor.is_floating_point() and (tensor.dtype is not x.dtype or tensor.device != x.device):
             return f"the input is {x.dtype} on {x.device}, a weight {tensor.dtype} on {tensor.device}"
     return None
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """A norm alone."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -30,6 +30,7 @@ _CODES = tuple(ACTIVATIONS)
 
 backends.declare(NAME, backends.Support(triton=()))
 
+
 def _fake(x: Tensor, *args: Any) -> Tensor:
     depthwise, out_channels, kernel, stride, padding = args[4], args[9], *args[12:15]
     height, width = x.shape[2:]
