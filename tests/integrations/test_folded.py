@@ -111,9 +111,10 @@ def test_hooks_inside_are_called(images: Tensor) -> None:
     assert len(seen) == 1 and "hook" in handle.fallbacks["stages.0.0"]
 
 
-def test_gradients_go_through_the_original(images: Tensor) -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradients_go_through_the_original(training: bool, images: Tensor) -> None:
     original, accelerated, _ = zoo.pair(timm_v2(), images)
-    zoo.assert_same(original, accelerated, images, training=False)
+    zoo.assert_same(original, accelerated, images, training=training)
 
 
 def test_several_threads_at_once(images: Tensor) -> None:

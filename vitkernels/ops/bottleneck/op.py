@@ -36,7 +36,7 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
     height, width = x.shape[2:]
     if depthwise is not None:
         height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-    return x.new_empty((x.shape[0], out_channels, height, width), memory_format=torch.channels_last)
+    return x.new_empty((x.shape[0], height, width, out_channels)).permute(0, 3, 1, 2)
 
 
 _define.define_for_inference(
