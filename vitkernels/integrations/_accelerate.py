@@ -112,6 +112,10 @@ def accelerate(
     of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by another tensor. The one
     change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or in training mode.
 
+    On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation and
+    no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded
+    weights are kept under the same rule.
+
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
     ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads. Dropout in a

@@ -1,7 +1,7 @@
 """Blocks of convolutions, and transformer layers, in evaluation: norms folded into the weights, a few passes over memory in channels_last.
 
-While a gradient is wanted, in training, under autocast and in a graph that torch.compile makes, the original code runs: it is what there is to train, and
-inductor folds by itself.
+While a gradient is wanted, in training, under autocast and in a graph that torch.compile makes, the original code runs: it is what there is to train,
+and inductor folds by itself.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ class Folded(Fused):
         if torch.is_autocast_enabled("cpu"):
             return None
         reason = _checks.why_not_tensor(x)
-        if reason is None and isinstance(plan, str):
-            reason = plan
-        if reason is None:
-            bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or plan.bind(x.dtype))
+        if isinstance(plan, str):
+            reason = reason or plan
+        elif reason is None:
+            bind = plan.bind
+            bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
             if not isinstance(bound, str):
                 return bound(x)
             reason = bound
@@ -199,7 +200,7 @@ class ConvNormAct(Folded):
 
 
 class InvertedResidual(Folded):
-    """timm's ``BottleneckBlock`` with a depthwise middle, transformers' ``MobileViTInvertedResidual`` and ``MobileViTV2InvertedResidual``: in one op."""
+    """timm's ``BottleneckBlock`` with a depthwise middle, and the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2: in one op."""
 
     _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (ConvNormAct,)
 

@@ -1,4 +1,4 @@
-"""Layers of a model in evaluation, BatchNorm folded in, as few passes over memory: what a block of convolutions or a transformer's MLP has to do to run so.
+"""Layers of a model in evaluation, BatchNorm folded in, as few passes over memory: what a block of convolutions has to do to run so.
 
 A plan says which layers of a module make which passes; binding it to a dtype folds and packs their weights. Both are kept outside of the module
 (:mod:`vitkernels.nn._derived`), and made again once something they came from has changed.
@@ -153,7 +153,7 @@ _ONEDNN: dict[str, tuple[str, list[Any], str | None]] = {
 
 def _onednn(dtype: torch.dtype) -> bool:
     """Whether PyTorch's oneDNN convolves in this dtype here."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -2,11 +2,11 @@
 
     y = act_out(project(act(depthwise(act(expand(norm(x))))))) + residual
 
-Every part but the projection may be absent: without the depthwise convolution it is a transformer's MLP with the norm in front and the residual behind,
-with the projection alone a 1x1 convolution or a linear layer. BatchNorm is not mentioned: :mod:`vitkernels.nn` folds it into the weights.
+Every part but the projection may be absent: without the depthwise convolution it is a transformer's MLP with the norm in front and the residual
+behind, with the projection alone a 1x1 convolution or a linear layer. BatchNorm is not mentioned: :mod:`vitkernels.nn` folds it into the weights.
 
-It has no gradient and no Triton kernel, and it is not part of :mod:`vitkernels.ops`: it stands in for layers of a model in evaluation, which know how to
-train by themselves. See this folder's README.md for the order of the work.
+It has no gradient and no Triton kernel, and it is not part of :mod:`vitkernels.ops`: it stands in for layers of a model in evaluation, which know how
+to train by themselves. See this folder's README.md for the order of the work.
 """
 
 from __future__ import annotations
