@@ -209,9 +209,9 @@ def awake(model: nn.Module) -> nn.Module:
 class Conv2d_BN(nn.Sequential):
     """As in Cream's EfficientViT: a convolution ``c`` and its norm ``bn``."""
 
-    def __init__(self, channels: int, out_channels: int, kernel: int = 1, groups: int = 1) -> None:
+    def __init__(self, channels: int, out_channels: int, kernel: int = 1, groups: int = 1, stride: int = 1) -> None:
         super().__init__()
-        self.add_module("c", nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False))
+        self.add_module("c", nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False))
         self.add_module("bn", nn.BatchNorm2d(out_channels))
 
 
@@ -293,6 +293,90 @@ class CreamNet(nn.Module):
 def cream_model() -> nn.Module:
     torch.manual_seed(0)
     return CreamNet()
+
+
+class Residual(nn.Module):
+    """As in Cream's EfficientViT."""
+
+    def __init__(self, m: nn.Module, drop: float = 0.0) -> None:
+        super().__init__()
+        self.m, self.drop = m, drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(x)
+        if self.training and self.drop > 0:
+            y = y * (torch.rand(x.shape[0], 1, 1, 1) >= self.drop) / (1 - self.drop)
+        return x + y
+
+
+class FFN(nn.Module):
+    """As in Cream's EfficientViT."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pw1, self.act, self.pw2 = Conv2d_BN(dim, 2 * dim), nn.ReLU(), Conv2d_BN(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw2(self.act(self.pw1(x)))
+
+
+class EfficientViTBlock(nn.Module):
+    """As in Cream's EfficientViT, with its attention always on."""
+
+    def __init__(self, dim: int, resolution: int) -> None:
+        super().__init__()
+        self.dw0, self.ffn0 = Residual(Conv2d_BN(dim, dim, 3, dim)), Residual(FFN(dim))
+        self.mixer = Residual(LocalWindowAttention(dim, 16, 2, dim / 32, resolution, 4, (5, 3)))
+        self.dw1, self.ffn1 = Residual(Conv2d_BN(dim, dim, 3, dim)), Residual(FFN(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
+
+
+class PatchMerging(nn.Module):
+    """As in Cream's EfficientViT, which takes the squeeze-and-excitation of timm."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        from timm.layers import SqueezeExcite
+
+        super().__init__()
+        hidden = 4 * dim
+        self.conv1, self.act, self.conv2 = Conv2d_BN(dim, hidden), nn.ReLU(), Conv2d_BN(hidden, hidden, 3, hidden, 2)
+        self.se, self.conv3 = SqueezeExcite(hidden, 0.25), Conv2d_BN(hidden, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.se(self.act(self.conv2(self.act(self.conv1(x))))))
+
+
+class EfficientViT(nn.Module):
+    """Stands in for Cream's model of this name, small: the names of its parts, the order in which it calls them, images of one size."""
+
+    def __init__(self, size: int = 128, dims: tuple[int, int, int] = (32, 48, 64)) -> None:
+        super().__init__()
+        first = dims[0]
+        self.patch_embed = nn.Sequential(
+            *(Conv2d_BN(3, first // 8, 3, 1, 2), nn.ReLU(), Conv2d_BN(first // 8, first // 4, 3, 1, 2), nn.ReLU()),
+            *(Conv2d_BN(first // 4, first // 2, 3, 1, 2), nn.ReLU(), Conv2d_BN(first // 2, first, 3, 1, 2)),
+        )
+
+        def around(dim: int) -> nn.Module:
+            return nn.Sequential(Residual(Conv2d_BN(dim, dim, 3, dim)), Residual(FFN(dim)))
+
+        def stage(dim: int, out: int, side: int) -> nn.Sequential:
+            return nn.Sequential(around(dim), PatchMerging(dim, out), around(out), EfficientViTBlock(out, side))
+
+        self.blocks1 = nn.Sequential(EfficientViTBlock(first, size // 16))
+        self.blocks2, self.blocks3 = stage(dims[0], dims[1], size // 32), stage(dims[1], dims[2], size // 64)
+        self.head = nn.Sequential(nn.BatchNorm1d(dims[2]), nn.Linear(dims[2], 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks3(self.blocks2(self.blocks1(self.patch_embed(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def cream_efficientvit(size: int = 128) -> nn.Module:
+    torch.manual_seed(0)
+    return EfficientViT(size)
 
 
 Batch = Any

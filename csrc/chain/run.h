@@ -99,14 +99,23 @@ struct Pass {
     int64_t top, bottom, left, right;
     const T* corner;  // of tap (0, 0), which may lie outside
 
-    Field(const Layer& l, const T* in, int64_t at) {
-      const int64_t pixels = l.out_height * l.out_width, pixel = at % pixels;
-      const int64_t y = pixel / l.out_width * l.stride - l.padding, x = pixel % l.out_width * l.stride - l.padding;
-      top = max_of<int64_t>(-y, 0), bottom = min_of(l.height - y, l.kernel);
-      left = max_of<int64_t>(-x, 0), right = min_of(l.width - x, l.kernel);
-      corner = in + ((at / pixels * l.height + y) * l.width + x) * l.row;
-    }
+    bool inside(int64_t kernel) const { return top == 0 && left == 0 && bottom == kernel && right == kernel; }
   };
+
+  // body(i, field) for output pixels first + i, i in [0, count), line by line.
+  template <class Body>
+  static void by_fields(const Layer& l, const T* in, int64_t first, int64_t count, const Body& body) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t line = (first + i) / l.out_width, column = (first + i) % l.out_width, end = min_of(count, i + l.out_width - column);
+      const int64_t y = line % l.out_height * l.stride - l.padding;
+      const T* start = in + (line / l.out_height * l.height + y) * l.width * l.row;
+      Field field{max_of<int64_t>(-y, 0), min_of(l.height - y, l.kernel), 0, 0, nullptr};
+      for (int64_t x = column * l.stride - l.padding; i < end; ++i, x += l.stride) {
+        field.left = max_of<int64_t>(-x, 0), field.right = min_of(l.width - x, l.kernel), field.corner = start + x * l.row;
+        body(i, field);
+      }
+    }
+  }
 
   // Whole vectors: what is read and written too much is overwritten by what follows, or lies in the slack behind.
   static T* copy(const T* source, int64_t count, T* target) {
@@ -122,24 +131,28 @@ struct Pass {
   // The windows of some pixels as rows [dy][dx][channel].
   static void gather(const Layer& l, const T* in, int64_t first, int64_t count, T* patches) {
     const int64_t channels = l.channels, line = l.kernel * channels;
-    for (int64_t i = 0; i < count; ++i) {
-      const Field field(l, in, first + i);
+    const auto taps = [&](const T* source, int64_t number, T* target) {
+      if (l.row == channels) return copy(source, number * channels, target);
+      for (int64_t dx = 0; dx < number; ++dx) target = copy(source + dx * l.row, channels, target);
+      return target;
+    };
+    by_fields(l, in, first, count, [&](int64_t i, const Field& field) {
       T* target = patches + i * patch_row(l);
-      for (int64_t dy = 0; dy < l.kernel; ++dy) {
+      const T* source = field.corner;
+      if (field.inside(l.kernel)) {
+        for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) target = taps(source, l.kernel, target);
+        return;
+      }
+      for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) {
         if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
           target = clear(line, target);
-          continue;
-        }
-        const T* source = field.corner + dy * l.width * l.row;
-        target = clear(field.left * channels, target);
-        if (l.row == channels) {
-          target = copy(source + field.left * l.row, (field.right - field.left) * channels, target);
         } else {
-          for (int64_t dx = field.left; dx < field.right; ++dx) target = copy(source + dx * l.row, channels, target);
+          target = clear(field.left * channels, target);
+          target = taps(source + field.left * l.row, field.right - field.left, target);
+          target = clear((l.kernel - field.right) * channels, target);
         }
-        target = clear((l.kernel - field.right) * channels, target);
       }
-    }
+    });
   }
 
   void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count) const {
@@ -179,14 +192,13 @@ struct Pass {
   }
 
   void depthwise(const Layer& l, const T* in, T* out, int64_t first, int64_t count) const {
-    for (int64_t at = first; at < first + count; ++at) {
-      const Field field(l, in, at);
-      const T* input = in + at * l.row;
-      T* output = out + at * l.out_row;
+    by_fields(l, in, first, count, [&](int64_t i, const Field& field) {
+      const T* input = in + (first + i) * l.row;
+      T* output = out + (first + i) * l.out_row;
       int64_t c = 0;
       for (; c + 4 * lanes <= l.row; c += 4 * lanes) depthwise_pixel<4>(l, field, input, output, c);
       for (; c < l.row; c += lanes) depthwise_pixel<1>(l, field, input, output, c);
-    }
+    });
   }
 
   // --- layers that work in place ----------------------------------------------------------------------------------------------------------
@@ -276,54 +288,91 @@ struct Pass {
 
   // --- the chain ----------------------------------------------------------------------------------------------------------------------------
 
-  // Returns which of the two buffers holds the result of the last layer.
-  T* layers(int64_t images, T* in, T* out) const {
-    for (int64_t i = 0; i < a.count; ++i) {
+  // Layers [begin, end) of the maps in `map`, which is overwritten, with two buffers to go to and fro between. Returns where the result is.
+  T* layers(int64_t begin, int64_t end, int64_t images, T* map, T* first, T* second) const {
+    for (int64_t i = begin; i < end; ++i) {
       const Layer& l = a.layers[i];
+      T* out = map == first ? second : first;
       switch (l.kind) {
         case Kind::kConvolution:
-        case Kind::kDepthwise:
-          by_tiles(images * l.out_height * l.out_width, [&](int64_t first, int64_t count) {
-            l.kind == Kind::kDepthwise ? depthwise(l, in, out, first, count) : convolve(l, in, out, first, count);
-            for (int64_t j = i + 1; j < a.count && a.layers[j].kind == Kind::kFeedForward; ++j) feed_forward(a.layers[j], out, first, count);
+        case Kind::kDepthwise: {
+          int64_t next = i + 1;
+          while (next < end && a.layers[next].kind == Kind::kFeedForward) ++next;
+          by_tiles(images * l.out_height * l.out_width, [&](int64_t from, int64_t count) {
+            l.kind == Kind::kDepthwise ? depthwise(l, map, out, from, count) : convolve(l, map, out, from, count);
+            for (int64_t j = i + 1; j < next; ++j) feed_forward(a.layers[j], out, from, count);
           });
-          while (i + 1 < a.count && a.layers[i + 1].kind == Kind::kFeedForward) ++i;
-          std::swap(in, out);
+          i = next - 1;
+          map = out;
           break;
+        }
         case Kind::kFeedForward:
-          by_tiles(images * l.height * l.width, [&](int64_t first, int64_t count) { feed_forward(l, in, first, count); });
+          by_tiles(images * l.height * l.width, [&](int64_t from, int64_t count) { feed_forward(l, map, from, count); });
           break;
         case Kind::kSqueezeExcite:
-          squeeze_excite(l, images, in);
+          squeeze_excite(l, images, map);
           break;
         case Kind::kAttention:
-          if (l.residual) {
-            attend(l, images, in, in);
-          } else {
-            attend(l, images, in, out);
-            std::swap(in, out);
-          }
+          attend(l, images, map, l.residual ? map : out);
+          if (!l.residual) map = out;
       }
     }
-    return in;
+    return map;
   }
 };
 
+inline int64_t input_size(const Layer& l) { return l.height * l.width * l.row; }
+inline int64_t output_size(const Layer& l) { return l.out_height * l.out_width * l.out_row; }
+
+// The largest map that layer `begin` or one behind it reads or writes.
+inline int64_t largest_map(const Chain& a, int64_t begin) {
+  int64_t largest = input_size(a.layers[begin]);
+  for (int64_t i = begin; i < a.count; ++i) largest = max_of(largest, output_size(a.layers[i]));
+  return largest;
+}
+
+// Passes over all images, one for the layers up to where maps have become so small that four times as many images fit in the cache, and so on: the weights
+// behind there are many, and each time they are read they should serve many pixels.
 template <class S>
 void run(const Chain& a) {
   using T = Arith<S>;
-  int64_t largest = a.layers[0].height * a.layers[0].width * a.layers[0].row;
-  for (int64_t i = 0; i < a.count; ++i) largest = max_of(largest, a.layers[i].out_height * a.layers[i].out_width * a.layers[i].out_row);
-  // Passes of equally many images; more than what fits where there are workers for them.
-  const int64_t fit = max_of(kMaps / (2 * largest * static_cast<int64_t>(sizeof(T))), num_threads());
-  const int64_t passes = ceil_div(a.batch, fit), images = ceil_div(a.batch, max_of<int64_t>(passes, 1));
-  Buffer<T> maps(2 * (images * largest + kAlign));
-  T *const first = maps, *const second = first + images * largest + kAlign;
+  if (a.batch == 0) return;
   const Pass<S> pass{a};
-  for (int64_t image = 0; image < a.batch; image += images) {
-    const int64_t count = min_of(images, a.batch - image);
-    pass.read_maps(image, count, first);
-    pass.write_maps(image, count, pass.layers(count, first, second));
+  struct Part {
+    int64_t begin, end, largest, images;
+  };
+  const auto part_from = [&](int64_t begin) {
+    const int64_t largest = largest_map(a, begin);
+    int64_t end = begin + 1;
+    while (end < a.count && 4 * largest_map(a, end) > largest) ++end;
+    // Equally many images each time; more than what fits where there are workers for them.
+    const int64_t fit = max_of(kMaps / (2 * largest * static_cast<int64_t>(sizeof(T))), num_threads());
+    return Part{begin, end, largest, ceil_div(a.batch, ceil_div(a.batch, fit))};
+  };
+  int64_t most = 0, between = 0;
+  for (Part part = part_from(0);; part = part_from(part.end)) {
+    most = max_of(most, part.images * part.largest);
+    if (part.end == a.count) break;
+    between = max_of(between, a.batch * output_size(a.layers[part.end - 1]));
+  }
+  Buffer<T> memory(2 * (most + kAlign + between + kAlign));
+  T *const first = memory, *const second = first + most + kAlign;
+  T *in = second + most + kAlign, *out = in + between + kAlign;
+  for (Part part = part_from(0);; part = part_from(part.end)) {
+    for (int64_t image = 0; image < a.batch; image += part.images) {
+      const int64_t images = min_of(part.images, a.batch - image);
+      T* map = part.begin == 0 ? first : in + image * input_size(a.layers[part.begin]);
+      if (part.begin == 0) pass.read_maps(image, images, map);
+      map = pass.layers(part.begin, part.end, images, map, first, second);
+      if (part.end == a.count) {
+        pass.write_maps(image, images, map);
+      } else {
+        const int64_t size = output_size(a.layers[part.end - 1]);
+        std::memcpy(out + image * size, map, static_cast<size_t>(images * size) * sizeof(T));
+      }
+    }
+    if (part.end == a.count) return;
+    std::swap(in, out);
   }
 }
 

@@ -63,8 +63,8 @@ def assert_infers_the_same(original: nn.Module, accelerated: nn.Module, images: 
 def test_model_in_evaluation(name: str) -> None:
     images = zoo.photos(224)
     original, accelerated, handle = pair(zoo.timm_efficientvit(name), images)
-    blocks = 8 if name == "efficientvit_m5" else 6
-    assert len(handle.replaced) == 2 * blocks and not handle.skipped
+    blocks, chains = 8 if name == "efficientvit_m5" else 6, 5
+    assert len(handle.replaced) == 2 * blocks + chains and not handle.skipped
     zoo.assert_same(original, accelerated, images, training=False, jitters=2)
     assert_infers_the_same(original, accelerated, images)
     assert not handle.fallbacks
@@ -252,7 +252,7 @@ def test_reparameterised_model() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     accelerated = copy.deepcopy(model)
     handle = vitkernels.accelerate(accelerated)
-    assert len(handle.replaced) == 6
+    assert len(handle.replaced) == 6 + 5
     for function, training in MEASURES.values():
         zoo.assert_same(model, accelerated, images, training=training, measure=function)
     assert not handle.fallbacks

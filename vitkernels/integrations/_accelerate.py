@@ -108,9 +108,13 @@ def accelerate(
     their exact class; a subclass, a hooked or adapted inner layer, and whatever else would make the result differ is left alone and reported.
     What changes later (a hook added, another dtype, an input it does not take) makes that call run the original code.
 
-    Where norms are folded into convolutions (cascaded group attention in evaluation) and no gradient is wanted, the folded weights are kept, outside
-    of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by another tensor. The one
-    change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or in training mode.
+    Where norms are folded into convolutions (cascaded group attention in evaluation, a whole EfficientViT) and no gradient is wanted, the folded
+    weights are kept, outside of the model, until a weight or a statistic changes: by an optimizer, ``load_state_dict``, ``.to()``, in place or by
+    another tensor. The one change PyTorch does not count, a write in place through ``parameter.data``, is seen after the next call with gradients or
+    in training mode.
+
+    An EfficientViT (timm's, the authors') is one native call in inference on the CPU: where no gradient is wanted, all is in evaluation, no autocast
+    is on and nobody's hook waits inside. Otherwise its layers run as they are, with the attention fused.
 
     On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation and
     no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded

@@ -12,7 +12,7 @@ from vitkernels.backends import backend
 from vitkernels.integrations._fused import Fused, swap
 
 
-def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...]) -> str | None:
+def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shape: tuple[int, ...], width: int | None = None) -> str | None:
     """A name and some attributes promise nothing about the code: run a copy once, in evaluation and in training, and compare.
 
     Args:
@@ -20,6 +20,7 @@ def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shap
         module: the module.
         swaps: what would be replaced in it, by path.
         shape: of an input, without the batch. Of several outputs the first is compared.
+        width: channels of the widest layer, if not those of the input.
     """
     weight = swaps[""]._vk_weight(module)
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
@@ -47,7 +48,7 @@ def why_not_same(known_as: str, module: Any, swaps: dict[str, type[Fused]], shap
                     return f"it has the attributes of {known_as}, but does not run like it: {error}"
             expected, got = outputs
             # Chained sums over d in another order differ by about d roundings each.
-            bound = shape[0] ** 2 * torch.finfo(x.dtype).eps * expected.abs().max().clamp_min(1)
+            bound = (width or shape[0]) ** 2 * torch.finfo(x.dtype).eps * expected.abs().max().clamp_min(1)
             if expected.shape != got.shape or not (expected - got).abs().max() <= bound:
                 return f"it has the attributes of {known_as}, but computes something else"
     return None

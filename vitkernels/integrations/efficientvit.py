@@ -6,12 +6,14 @@ in training, each layer runs by itself and the attention in them as :mod:`vitker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.integrations._fused import Fused, Role, fell_back, is_fused, origin, published, qualified
+from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention
 from vitkernels.nn import _chain, _checks
 from vitkernels.nn._chain import Other, Step, Walk, below, convolution, plain
@@ -77,25 +79,23 @@ def _stage(walk: Walk, name: str, module: Any) -> list[Step]:
     return [step for part in ("downsample", "blocks") for step in walk.steps(below(name, part), module._modules[part])]
 
 
-def _patch_embedding(walk: Walk, name: str, module: Any) -> list[Step]:
-    """Convolutions, each but the last with a ReLU behind it."""
-    steps: list[Step] = []
-    for child, part in module._modules.items():
-        if type(part) is nn.ReLU and steps and not steps[-1].relu:
-            plain(below(name, child), part, nn.ReLU)
-            steps[-1] = steps[-1]._replace(relu=True)
-        else:
-            steps.append(convolution(below(name, child), part))
-    return steps
+def _sequence(walk: Walk, name: str, module: Any) -> list[Step]:
+    return walk.sequence(name, module)
 
 
-_Known = dict[str, Callable[[Walk, str, Any], list[Step]]]
-_SE: _Known = {"timm.layers.squeeze_excite.SEModule": _squeeze_excite}
+def _model(walk: Walk, name: str, module: Any) -> list[Step]:
+    return [step for part in ("patch_embed", "stages") for step in walk.steps(part, module._modules[part])]
+
+
+def _authors_model(walk: Walk, name: str, module: Any) -> list[Step]:
+    return [step for part in ("patch_embed", "blocks1", "blocks2", "blocks3") for step in walk.steps(part, module._modules[part])]
+
+
 _MSRA = "timm.models.efficientvit_msra"
 
 TIMM = Walk(
-    _SE
-    | {
+    {
+        "timm.layers.squeeze_excite.SEModule": _squeeze_excite,
         f"{_MSRA}.ConvNorm": _conv_norm,
         f"{_MSRA}.ConvMlp": _feed_forward,
         f"{_MSRA}.ResidualDrop": _residual,
@@ -104,10 +104,28 @@ TIMM = Walk(
         f"{_MSRA}.EfficientVitBlock": _block,
         f"{_MSRA}.PatchMerging": _patch_merging,
         f"{_MSRA}.EfficientVitStage": _stage,
-        f"{_MSRA}.PatchEmbedding": _patch_embedding,
+        f"{_MSRA}.PatchEmbedding": _sequence,
+        f"{_MSRA}.EfficientVitMsra": _model,
         "torch.nn.modules.conv.Conv2d": _conv_norm,  # of a model whose norms were folded away
     },
     lambda module: qualified(_class_of(module)),
+)
+
+# The authors' classes are copied into projects under many module names: known by their own, and checked by running the whole model.
+AUTHORS = Walk(
+    {
+        "SEModule": _squeeze_excite,
+        "Conv2d_BN": _conv_norm,
+        "FFN": _feed_forward,
+        "Residual": _residual,
+        "CascadedGroupAttention": _attention,
+        "LocalWindowAttention": _window_attention,
+        "EfficientViTBlock": _block,
+        "PatchMerging": _patch_merging,
+        "EfficientViT": _authors_model,
+        "Conv2d": _conv_norm,
+    },
+    lambda module: _class_of(module).__name__,
 )
 
 
@@ -130,8 +148,8 @@ class Chain(Fused):
                 return f"its {path} is not replaced"
         try:
             steps = cls._vk_walk.steps("", module)
-        except Other as reason:
-            return str(reason)
+        except Other as other:
+            return str(other)
         for tensor in (tensor for step in steps for layer in step.layers for tensor in layer.tensors()):
             if (reason := _checks.why_not_weight("a weight", tensor)) is not None:
                 return reason
@@ -145,11 +163,58 @@ class Chain(Fused):
     def _vk_note(cls, module: Any) -> str:
         return "in inference; with gradients or in training its layers run one by one"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The original's argument and result."""
+    def _vk_run(self, x: Tensor) -> Tensor | None:
+        """The chain of ``x``, or ``None`` where this call is not for it."""
         y = _chain.run(self, x)
         if isinstance(y, Tensor):
             return y
         if y:
             fell_back(self, y)
-        return super().forward(x)
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result."""
+        y = self._vk_run(x)
+        return super().forward(x) if y is None else y
+
+
+class Model(Chain):
+    """``EfficientVitMsra``: patch embedding and stages in one call. Where one of them has a hook, each is a chain by itself."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The original's argument and result."""
+        y = self._vk_run(x)
+        return super().forward_features(x) if y is None else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's, which calls :meth:`forward_features`."""
+        return super(Chain, self).forward(x)
+
+
+class AuthorsModel(Chain):
+    """The authors' ``EfficientViT``, made for images of one size."""
+
+    _vk_walk: ClassVar[Walk] = AUTHORS
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if (reason := super()._vk_why_not(module, role)) is not None:
+            return reason
+        convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        shape, width = (convolutions[0].in_channels, *_image_size(module)), max(layer.out_channels for layer in convolutions)
+        return why_not_same("the authors' EfficientViT", module, {"": cls}, shape, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result, and for an image of another size its error."""
+        if x.shape[2:] != _image_size(self):
+            fell_back(self, "the image is not of the size that the model was made for")
+            return super(Chain, self).forward(x)
+        y = self._vk_run(x)
+        return super(Chain, self).forward(x) if y is None else self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+def _image_size(model: Any) -> tuple[int, int]:
+    """The map that the first attention was made for, times the strides before it."""
+    first = next(module for module in model.blocks1.modules() if hasattr(module, "window_resolution"))
+    side = first.resolution * math.prod(module.stride[0] for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    return side, side

@@ -2,8 +2,9 @@
 
 MobileViTv2 (ml-cvnets): ``LinearSelfAttention`` with ``qkv_proj.block.conv``, ``attn_dropout``, ``out_proj.block.conv``.
 
-EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``, and
-``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``.
+EfficientViT (Cream): ``CascadedGroupAttention`` with ``qkvs``, ``dws``, ``proj``, ``attention_biases`` and ``attention_bias_idxs``,
+``LocalWindowAttention`` with ``attn``, ``resolution`` and ``window_resolution``, and the model ``EfficientViT`` with ``patch_embed``, ``blocks1`` to
+``blocks3`` and ``head``.
 
 DeepViT: ``ReAttention`` with ``qkv``, ``reatten_matrix``, ``var_norm`` and ``proj``, in a ``DeepVisionTransformer`` with ``blocks`` and ``cos_reg``.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.integrations import head_mixing
+from vitkernels.integrations import efficientvit, head_mixing
 from vitkernels.integrations._fused import Fused, Role, fell_back, published
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
@@ -106,6 +107,7 @@ _ATTRIBUTES: dict[str, tuple[type[Fused], set[str], set[str], tuple[str, ...]]] 
         ("key_dim", "scale", "attention_biases", "attention_bias_idxs"),
     ),
     "LocalWindowAttention": (CreamWindowAttention, {"attn"}, set(), ("resolution", "window_resolution", "attn.attention_bias_idxs")),
+    "EfficientViT": (efficientvit.AuthorsModel, {"patch_embed", "blocks1", "blocks2", "blocks3", "head"}, set(), ()),
     "ReAttention": (
         head_mixing.AuthorsAttention,
         {"qkv", "attn_drop", "proj", "proj_drop"},

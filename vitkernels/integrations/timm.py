@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels.integrations import _tokenwise, dense, packed
+from vitkernels.integrations import _tokenwise, dense, efficientvit, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back
 from vitkernels.integrations.cascaded_group import CascadedAttention, WindowAttention
-from vitkernels.integrations.efficientvit import Chain
 from vitkernels.integrations.head_mixing import TalkingHeads
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
@@ -265,8 +264,9 @@ TABLE: dict[str, type[Fused]] = {
     "timm.models.mobilevit.MobileVitV2Block": TimmBlock,
     "timm.models.efficientvit_msra.CascadedGroupAttention": CascadedAttention,
     "timm.models.efficientvit_msra.LocalWindowAttention": WindowAttention,
-    "timm.models.efficientvit_msra.EfficientVitStage": Chain,
-    "timm.models.efficientvit_msra.PatchEmbedding": Chain,
+    "timm.models.efficientvit_msra.EfficientVitMsra": efficientvit.Model,
+    "timm.models.efficientvit_msra.EfficientVitStage": efficientvit.Chain,
+    "timm.models.efficientvit_msra.PatchEmbedding": efficientvit.Chain,
     "timm.models.naflexvit.NaFlexVit": NaFlex,
     "timm.models.cait.TalkingHeadAttn": TalkingHeads,
 }

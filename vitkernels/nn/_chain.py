@@ -1,7 +1,7 @@
 """Chains of layers of modules: what a part of a convolutional network has to be to run as one op in inference.
 
-A walk over the modules (:class:`Walk`) says which layers they are, in steps that hold the modules' own tensors; folding the norms into these makes the
-layers of :mod:`vitkernels.ops.chain`, which are kept packed until something they came from changes.
+A walk over the modules (:class:`Walk`) says which layers they are, in steps that hold the modules' own tensors. Folding the norms into these makes
+the layers of :mod:`vitkernels.ops.chain`, which are kept packed until something they came from changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitkernels.nn._cascade import Cascade
 from vitkernels.nn._conv_norm import Layer
 from vitkernels.nn._derived import Derived, gradient_wanted
 from vitkernels.ops import _define
-from vitkernels.ops.chain import op
+from vitkernels.ops.chain import op, reference
 from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, SqueezeExcite
 
 SILENT = ""
@@ -61,7 +61,18 @@ class Walk:
             return []
         if type(module) is not nn.Sequential:
             raise Other(f"{name} is a {type(module).__name__}, which is not known")
-        return [step for child, part in module._modules.items() for step in self.steps(below(name, child), part)]
+        return self.sequence(name, module)
+
+    def sequence(self, name: str, module: Any) -> list[Step]:
+        """The steps of a ``Sequential``; a ReLU in it is part of the convolution before."""
+        steps: list[Step] = []
+        for child, part in module._modules.items():
+            if type(part) is nn.ReLU and steps and steps[-1].kind in (Convolution, Depthwise) and not (steps[-1].relu or steps[-1].residual):
+                plain(below(name, child), part, nn.ReLU)
+                steps[-1] = steps[-1]._replace(relu=True)
+            else:
+                steps += self.steps(below(name, child), part)
+        return steps
 
 
 def below(name: str, child: str) -> str:
@@ -124,18 +135,26 @@ def _folded(step: Step, dtype: torch.dtype) -> Any:
     for one in step.layers:
         weight, bias = _conv_norm.folded(one, dtype)
         found.append((weight, weight.new_zeros(weight.shape[0]) if bias is None else bias))
-    if step.kind in (FeedForward, SqueezeExcite):
-        return step.kind(*(tensor for weight, bias in found for tensor in (weight.flatten(1), bias)), residual=step.residual)
+    kind: Any = step.kind
+    if kind in (FeedForward, SqueezeExcite):
+        (first, first_bias), (second, second_bias) = found
+        return kind(first.flatten(1), first_bias, second.flatten(1), second_bias, step.residual)
     (weight, bias), conv = found[0], step.layers[0].conv
-    return step.kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
+    return kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
 
 
-def _packed(steps: list[Step], x: Tensor) -> op.Packed | str:
+def _layers(steps: list[Step], x: Tensor) -> list[Any] | str:
+    """The steps as layers of the op, or why they do not go with ``x``."""
     for step in steps:
         reason = _conv_norm.why_not_operands(step.layers, x) if step.cascade is None else _cascade.why_not_tensors(step.cascade, x)
         if reason is not None:
             return reason
-    return op.pack([_folded(step, _define.accumulation_dtype(x.dtype)) for step in steps], x.dtype)
+    return [_folded(step, _define.accumulation_dtype(x.dtype)) for step in steps]
+
+
+def _packed(steps: list[Step], x: Tensor) -> op.Packed | str:
+    layers = _layers(steps, x)
+    return layers if isinstance(layers, str) else op.pack(layers, x.dtype)
 
 
 def _plan(module: Any) -> list[Step] | str:
@@ -160,6 +179,8 @@ def run(module: Any, x: Tensor) -> Tensor | str:
         return SILENT
     if (reason := _checks.why_not_tensor(x) or why_no_kernel(x)) is not None:
         return reason
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast chooses the dtype of each layer by itself"
     entry = _chains.entry(module)
     steps = entry.plan
     if isinstance(steps, str):
@@ -172,15 +193,20 @@ def run(module: Any, x: Tensor) -> Tensor | str:
         return packed
     if x.dim() != 4 or x.shape[1] != packed.channels:
         return f"the input has shape {tuple(x.shape)}, not [B, {packed.channels}, H, W]"
-    return op.why_not_map(packed.program, *x.shape[1:]) or op.run(x, packed)
+    if (reason := op.why_not_map(packed.program, *x.shape[1:])) is not None:
+        return reason
+    if backends.requested() == "reference":
+        layers: Any = _layers(steps, x)
+        return reference.layer_chain(x.to(packed.vectors.dtype), layers).to(x.dtype)
+    return op.run(x, packed)
 
 
 def why_no_kernel(x: Tensor) -> str | None:
     """Why there is no kernel for chains where ``x`` is, or why it was not asked for."""
+    if backends.requested() == "reference":
+        return None
     if backends.requested() not in ("auto", "native"):
         return f"backend {backends.requested()!r} was asked for, and a chain of layers has a native kernel alone"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast chooses the dtype of each layer by itself"
     return backends.why_not("layer_chain", "native", x.device, x.dtype)
 
 

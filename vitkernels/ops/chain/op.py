@@ -98,7 +98,7 @@ def _panels(matrix: Tensor) -> Tensor:
 
 def _attention(layer: Attention, vectors: list[Tensor]) -> list[int]:
     packed = layer.packed
-    heads, rows, split = packed.qkv_weight.shape
+    heads, rows, _ = packed.qkv_weight.shape
     out_channels, value_channels = packed.proj_weight.shape
     like = packed.proj_weight
 

@@ -14,7 +14,7 @@ from vitkernels.ops.cascaded_group.op import Packed, unpack
 
 
 class Convolution(NamedTuple):
-    """``relu(conv2d(x))``, plus x with ``residual``. The kernel is square, the stride, and the zero padding on all sides, equal in both directions."""
+    """``relu(conv2d(x))``, plus x with ``residual``. Kernel, stride and zero padding are the same in both directions."""
 
     weight: Tensor  # [O, C, k, k]
     bias: Tensor  # [O]
