@@ -116,8 +116,8 @@ def accelerate(
     An EfficientViT (timm's, the authors') is one native call in inference on the CPU: where no gradient is wanted, all is in evaluation, no autocast
     is on and nobody's hook waits inside. Otherwise its layers run as they are, with the attention fused.
 
-    On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation and
-    no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded
+    On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation
+    and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded
     weights are kept under the same rule.
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
