@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bottleneck/op.h"
 #include "cascaded_group/op.h"
 #include "chain/op.h"
 #include "common/isa.h"
@@ -43,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("detection_set_loss_backward", TORCH_BOX(&vitkernels::detection_set_loss_backward));
   m.impl("factorized_position_embedding", TORCH_BOX(&vitkernels::factorized_position_embedding));
   m.impl("factorized_position_embedding_backward", TORCH_BOX(&vitkernels::factorized_position_embedding_backward));
+  m.impl("inverted_bottleneck", TORCH_BOX(&vitkernels::inverted_bottleneck));
   m.impl("layer_chain", TORCH_BOX(&vitkernels::layer_chain));
   m.impl("masked_pool", TORCH_BOX(&vitkernels::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&vitkernels::masked_pool_backward));

@@ -24,6 +24,8 @@ from vitkernels.integrations import Record
 from .. import zoo
 from ..zoo import reasons
 
+pytestmark = pytest.mark.usefixtures("attention_alone")
+
 ATTENTION = "transformer.0.attn"
 
 

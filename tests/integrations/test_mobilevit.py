@@ -17,7 +17,7 @@ from vitkernels.integrations import dense
 from .. import zoo
 from ..zoo import pair, reasons
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "attention_alone")
 
 
 def timm_block(dim: int = 40, **options: Any) -> nn.Module:

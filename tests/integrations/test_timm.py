@@ -15,7 +15,7 @@ from vitkernels.accuracy import compare_tensors
 from .. import zoo
 from ..zoo import pair
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "attention_alone")
 ROUTES = {
     "all": {},
     "attention only": {"only": "LinearSelfAttention"},

@@ -14,7 +14,7 @@ from vitkernels.accuracy import compare_tensors
 from .. import zoo
 from ..zoo import pair
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "attention_alone")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from vitkernels import backends
-from vitkernels.integrations import learnable_memory, official, timm, transformers, vit_pytorch
+from vitkernels.integrations import folded, learnable_memory, official, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
-_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE, **learnable_memory.TABLE}
+_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE, **learnable_memory.TABLE, **folded.TABLE}
 
 _NAMES = "a string or several strings: ops, class names or path globs"
 
@@ -117,6 +116,10 @@ def accelerate(
     An EfficientViT (timm's, the authors') is one native call in inference on the CPU: where no gradient is wanted, all is in evaluation, no autocast
     is on and nobody's hook waits inside. Otherwise its layers run as they are, with the attention fused.
 
+    On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation
+    and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded
+    weights are kept under the same rule.
+
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
     ``note`` of its record: with dropout other masks of the same probability, and other features of padding, which no pooling reads. Dropout in a
@@ -165,6 +168,7 @@ def accelerate(
             or ("its forward is overridden on the instance" if "forward" in module.__dict__ else None)
             or mixin._vk_why_not(module, lambda child: planned.get(child, type(child)))
         )
+        absorbed = [] if reason else [child for child in module.modules() if child in planned and issubclass(planned[child], mixin._vk_absorbs)]
         parts = {} if reason else {part: (paths[part], kind, _name(part)) for part, kind in mixin._vk_parts(module).items()}
         candidates += parts.values()
         for part_path, kind, part_name in parts.values():
@@ -173,9 +177,11 @@ def accelerate(
         if reason is not None:
             records[module] = Record(path, name, mixin._vk_op, reason=reason)
             continue
+        for child in absorbed:
+            del planned[child], records[child]
         for new, (new_path, kind, new_name) in {module: (path, mixin, name), **parts}.items():
             planned[new] = kind
-            backend = backends.select(kind._vk_op, kind._vk_weight(new))
+            backend = kind._vk_backend(new)
             records[new] = Record(new_path, new_name, kind._vk_op, backend=backend, note=kind._vk_note(new))
     if not dry_run:
         for module, mixin in planned.items():

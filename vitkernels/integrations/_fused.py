@@ -33,6 +33,8 @@ class Fused(Original):
 
     _vk_op: ClassVar[str]
     """The op of :mod:`vitkernels.ops` that does the work."""
+    _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = ()
+    """Replacements of modules inside that are of no use beside this one, and not made."""
     _vk_same_name: ClassVar[bool] = False
     """Whether the class keeps the original's name: for zoos that look classes up by it, or write it into files."""
 
@@ -45,6 +47,11 @@ class Fused(Original):
     def _vk_weight(cls, module: nn.Module) -> Tensor:
         """The parameter whose device and dtype decide the backend."""
         raise NotImplementedError
+
+    @classmethod
+    def _vk_backend(cls, module: nn.Module) -> str:
+        """The backend that ``module`` would run on now."""
+        return backends.select(cls._vk_op, cls._vk_weight(module))
 
     @classmethod
     def _vk_parts(cls, module: nn.Module) -> dict[nn.Module, type[Fused]]:
@@ -130,6 +137,11 @@ def published(cls: type) -> type:
 def qualified(cls: type) -> str:
     """``package.module.Class``, the name by which a zoo's class is recognised."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def original_name(module: nn.Module) -> str:
+    """The qualified name of the class its author gave ``module``, replaced or not."""
+    return qualified(published(origin(module)[0] if is_fused(module) else type(module)))
 
 
 def fell_back(module: nn.Module, reason: str) -> None:

@@ -1,0 +1,45 @@
+// The inverted bottleneck's kernels, one table per instruction set. Plain structs of pointers: no PyTorch here.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace vitkernels::bottleneck {
+
+enum class Activation : int64_t { kNone, kRelu, kSilu, kGelu };
+// Of what a norm takes its mean and variance: the channels of a token (LayerNorm), or everything of a sample (GroupNorm with one group).
+enum class Norm : int64_t { kNone, kToken, kSample };
+
+// Output channels of a weight panel: the kernels read [panels][depth][kPanel], zeros where there is no channel.
+constexpr int64_t kPanel = 32;
+
+// x [batch, height, width, in], y [batch, out_height, out_width, out], both dense. All weights and biases are of the arithmetic type; biases and the depthwise
+// weight are padded with zeros to whole panels.
+struct Bottleneck {
+  Dtype dtype;
+  int64_t batch, height, width, in, hidden, out;
+  const void* x;
+  Norm norm;
+  double eps;
+  const void *norm_weight, *norm_bias;        // [in]; null: ones, zeros
+  const void *expand_weight, *expand_bias;    // panels of depth in; null: no expansion, hidden is in
+  const void *depthwise_weight, *depthwise_bias;  // [kernel * kernel][padded hidden]; null: none
+  int64_t kernel, stride, padding, out_height, out_width;
+  const void *project_weight, *project_bias;  // panels of depth hidden
+  Activation activation, out_activation;      // behind the expansion and the depthwise convolution; behind the projection
+  const void* residual;                       // like y; null: none
+  void* y;
+};
+
+struct Kernels {
+  void (*forward)(const Bottleneck&);
+};
+
+}  // namespace vitkernels::bottleneck
+
+// Each instruction set's table, defined by bottleneck/cpu.cpp compiled for it.
+namespace vitkernels::baseline { const bottleneck::Kernels& bottleneck_kernels(); }
+namespace vitkernels::avx2 { const bottleneck::Kernels& bottleneck_kernels(); }
+namespace vitkernels::avx512 { const bottleneck::Kernels& bottleneck_kernels(); }
+namespace vitkernels::avx512_bf16 { const bottleneck::Kernels& bottleneck_kernels(); }

@@ -1,0 +1,238 @@
+"""Blocks of convolutions, and transformer layers, in evaluation: norms folded into the weights, a few passes over memory in channels_last.
+
+While a gradient is wanted, in training, under autocast and in a graph that torch.compile makes, the original code runs: it is what there is to train,
+and inductor folds by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import backends
+from vitkernels.integrations._fused import Fused, Role, fell_back, original_name
+from vitkernels.nn import _checks, _folded
+from vitkernels.nn._derived import Derived, gradient_wanted
+from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
+from vitkernels.ops.bottleneck.op import NAME
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Plan(NamedTuple):
+    """What a module's forward is made of: ``bind(dtype)`` folds and packs, and gives the forward itself."""
+
+    bind: Callable[[torch.dtype], Run]
+
+
+class Folded(Fused):
+    """Base of what runs folded in evaluation and is the original otherwise."""
+
+    _vk_op: ClassVar[str] = NAME
+    _vk_dims: ClassVar[int] = 4
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        """The adapter's one duty.
+
+        Raises:
+            UnfitError: the module's layers cannot run so.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def _vk_settings(cls, module: Any) -> Any:
+        """The attributes of ``module``, and those of layers below it that are no settings of PyTorch's own layers, that the plan reads."""
+        return None
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        if cls._vk_weight(module).is_cuda:
+            return "folding is for the CPU"
+        reason = _plan_of(cls, module)
+        return reason if isinstance(reason, str) else None
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.parameters())
+
+    @classmethod
+    def _vk_backend(cls, module: Any) -> str:
+        return "native" if _here(cls._vk_weight(module)) else "reference"
+
+    def _vk_folded(self, x: Any) -> Tensor | None:
+        """The folded forward, or None where this call is the original's."""
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() != self._vk_dims:
+            return None
+        entry = _plans.entry(self)
+        plan = entry.plan
+        if self.training or gradient_wanted([x, *entry.snapshot.tensors]):
+            entry.forget()
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        reason = _checks.why_not_tensor(x)
+        if isinstance(plan, str):
+            reason = reason or plan
+        elif reason is None:
+            bind = plan.bind
+            bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
+            if not isinstance(bound, str):
+                return bound(x)
+            reason = bound
+        fell_back(self, reason)
+        return None
+
+
+def _here(x: Tensor) -> bool:
+    """Whether the kernels run on tensors like this, and nobody asked for others."""
+    return x.device.type == "cpu" and backends.requested() in ("auto", "native") and backends.why_not(NAME, "native", x.device, x.dtype) is None
+
+
+def _plan_of(cls: type[Folded], module: Any) -> Plan | str:
+    for child in module.modules():
+        if child is not module and _checks.hooked(child):
+            return f"its {type(child).__name__} {_checks.HOOKED}"
+    try:
+        return cls._vk_plan(module)
+    except UnfitError as error:
+        return str(error)
+
+
+def _plan_now(module: Any) -> Plan | str:
+    plan = _plan_of(module, module)
+    if not isinstance(plan, str) and not module.training and any(child.training for child in module.modules()):
+        return "some of its layers are in training mode"
+    return plan
+
+
+_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training",))
+
+
+# --- what the zoos' layers are -------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "none",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "timm.layers.activations.Swish": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "transformers.activations.GELUActivation": "gelu",
+}
+_CONV_LAYERS = frozenset(
+    f"transformers.models.{name}ConvLayer" for name in ("mobilevit.modeling_mobilevit.MobileViT", "mobilevitv2.modeling_mobilevitv2.MobileViTV2")
+)
+_INACTIVE = frozenset({"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", "timm.layers.drop.DropPath"})
+"""What changes nothing in evaluation."""
+
+
+def activation_of(module: Any) -> str:
+    """The name of an activation."""
+    if module is None:
+        return "none"
+    name = original_name(module)
+    exact = getattr(module, "approximate", "none") == "none" and getattr(module, "act", nn.functional.gelu) is nn.functional.gelu
+    if name not in _ACTIVATIONS or not exact:
+        raise UnfitError(f"its activation is a {type(module).__name__}")
+    return _ACTIVATIONS[name]
+
+
+def no_change(*modules: Any) -> None:
+    """Whether these layers change nothing in evaluation.
+
+    Raises:
+        UnfitError: one may.
+    """
+    for module in modules:
+        if module is not None and original_name(module) not in _INACTIVE:
+            raise UnfitError(f"it has a {type(module).__name__} in between")
+
+
+def conv_of(module: Any) -> nn.Conv2d:
+    """A plain convolution."""
+    if type(module) is not nn.Conv2d:
+        raise UnfitError(f"a {type(module).__name__} stands where a plain Conv2d should")
+    return module
+
+
+def _batch_norm(module: Any) -> nn.BatchNorm2d:
+    if module.weight is None or module.bias is None or module.running_mean is None or module.running_var is None or not module.track_running_stats:
+        raise UnfitError("a BatchNorm has no weight or no running statistics")
+    return module
+
+
+def conv_layer(module: Any) -> Layer:
+    """A convolution with its norm and activation, as timm and transformers write one."""
+    name = original_name(module)
+    if name == "timm.layers.conv_bn_act.ConvNormAct":
+        conv, norm = conv_of(module.conv), module.bn
+        no_change(module._modules.get("aa"))
+        if original_name(norm) != "timm.layers.norm_act.BatchNormAct2d":
+            raise UnfitError(f"its norm is a {type(norm).__name__}")
+        no_change(norm.drop)
+        return Layer(conv, _batch_norm(norm), activation=activation_of(norm.act))
+    if name in _CONV_LAYERS:
+        norm = module.normalization
+        if norm is not None and type(norm) is not nn.BatchNorm2d:
+            raise UnfitError(f"its norm is a {type(norm).__name__}")
+        return Layer(conv_of(module.convolution), None if norm is None else _batch_norm(norm), activation=activation_of(module.activation))
+    return Layer(conv_of(module))
+
+
+# --- convolutions --------------------------------------------------------------------------------------------------------------------
+
+
+class ConvNormAct(Folded):
+    """timm's ``ConvNormAct``, transformers' ``MobileViTConvLayer`` and ``MobileViTV2ConvLayer``."""
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        return Plan(single(conv_layer(module)).bind)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The original's arguments and result."""
+        y = self._vk_folded(x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+class InvertedResidual(Folded):
+    """timm's ``BottleneckBlock`` with a depthwise middle, and the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2: in one op."""
+
+    _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (ConvNormAct,)
+
+    @classmethod
+    def _vk_settings(cls, module: Any) -> Any:
+        return module.__dict__.get("use_residual")
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        if original_name(module) == "timm.models.byobnet.BottleneckBlock":
+            layers, residual = (module.conv1_1x1, module.conv2_kxk, module.conv3_1x1), module.shortcut is not None
+            no_change(module.shortcut, module.conv2b_kxk, module.attn, module.attn_last, module.drop_path, module.act)
+        else:
+            layers, residual = (module.expand_1x1, module.conv_3x3, module.reduce_1x1), module.use_residual
+        expand, depthwise, project = map(conv_layer, layers)
+        whole = bottleneck(project, expand=expand, depthwise=depthwise)
+
+        def bind(dtype: torch.dtype) -> Run:
+            run = whole.bind(dtype)
+            return (lambda x: run(x, x)) if residual else run
+
+        return Plan(bind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result."""
+        y = self._vk_folded(x)
+        return super().forward(x) if y is None else y
+
+
+TABLE: dict[str, type[Fused]] = {
+    "timm.layers.conv_bn_act.ConvNormAct": ConvNormAct,
+    "timm.models.byobnet.BottleneckBlock": InvertedResidual,
+    **dict.fromkeys(_CONV_LAYERS, ConvNormAct),
+    **{name.replace("ConvLayer", "InvertedResidual"): InvertedResidual for name in _CONV_LAYERS},
+}

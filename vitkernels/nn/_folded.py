@@ -1,0 +1,177 @@
+"""Layers of a model in evaluation, BatchNorm folded in, as few passes over memory: what a block of convolutions has to do to run so.
+
+A plan says which layers of a module make which passes; binding it to a dtype folds and packs their weights. Both are kept outside of the module
+(:mod:`vitkernels.nn._derived`), and made again once something they came from has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.nn import _checks, _conv_norm
+from vitkernels.ops import _define
+from vitkernels.ops.bottleneck import op
+from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Affine, Depthwise, Norm
+
+
+class UnfitError(Exception):
+    """Why layers cannot run folded, as a phrase that a report can print."""
+
+
+Pass = Callable[..., Tensor]
+"""``pass_(x)`` or ``pass_(x, residual)`` of maps [B, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or a linear layer, and what follows it."""
+
+    module: nn.Conv2d | nn.Linear
+    norm: nn.BatchNorm2d | None = None
+    activation: str = "none"
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the one affine map, in ``dtype``."""
+        weight, bias = self.module.weight.to(dtype), self.module.bias
+        bias = None if bias is None else bias.to(dtype)
+        if self.norm is None:
+            return weight, bias
+        factor, shift = _conv_norm.fold([self.norm], dtype)
+        return weight * factor[:, None, None, None], shift if bias is None else torch.addcmul(shift, bias, factor)
+
+    def affine(self, dtype: torch.dtype) -> Affine:
+        """The weight as a matrix [out, in]."""
+        weight, bias = self.folded(dtype)
+        return Affine(weight.flatten(1), bias)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it works on each pixel by itself."""
+        conv = self.module
+        if isinstance(conv, nn.Linear):
+            return True
+        plain = conv.padding in ((0, 0), "same", "valid") and conv.groups == 1
+        return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and plain
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether it is a depthwise convolution that the op takes."""
+        conv = self.module
+        if isinstance(conv, nn.Linear) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            return False
+        square = all(pair[0] == pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding))
+        per_channel = conv.groups == conv.in_channels == conv.out_channels
+        return square and per_channel and conv.dilation == (1, 1) and conv.padding[0] < conv.kernel_size[0]
+
+
+class Bottleneck(NamedTuple):
+    """One call of the op: see :mod:`vitkernels.ops.bottleneck.op`."""
+
+    project: Layer
+    expand: Layer | None = None
+    depthwise: Layer | None = None
+    norm: nn.LayerNorm | nn.GroupNorm | None = None
+
+    def bind(self, dtype: torch.dtype) -> Pass:
+        """The pass with its weights packed for activations of ``dtype``."""
+        accumulation = _define.accumulation_dtype(dtype)
+        depthwise, norm = None, None
+        if self.depthwise is not None:
+            weight, bias = self.depthwise.folded(accumulation)
+            conv: Any = self.depthwise.module
+            depthwise = Depthwise(weight.flatten(0, 1), bias, conv.stride[0], conv.padding[0])
+        if self.norm is not None:
+            norm = Norm("token" if isinstance(self.norm, nn.LayerNorm) else "sample", self.norm.weight, self.norm.bias, self.norm.eps)
+        inner = [layer.activation for layer in (self.expand, self.depthwise) if layer is not None]
+        packed = op.pack(
+            self.project.affine(accumulation),
+            norm=norm,
+            expand=None if self.expand is None else self.expand.affine(accumulation),
+            depthwise=depthwise,
+            activation=inner[0] if inner else "none",
+            out_activation=self.project.activation,
+        )
+        return lambda x, residual=None: op.run(x, packed, residual)
+
+
+def bottleneck(project: Layer, *, expand: Layer | None = None, depthwise: Layer | None = None, norm: nn.Module | None = None) -> Bottleneck:
+    """The pass these layers make.
+
+    Raises:
+        UnfitError: they are not what the op computes.
+    """
+    inner = [layer for layer in (expand, depthwise) if layer is not None]
+    if not project.pointwise or not (expand is None or expand.pointwise):
+        raise UnfitError("its outer convolutions are not plain 1x1 convolutions")
+    if not (depthwise is None or depthwise.depthwise):
+        raise UnfitError("its middle convolution is not a plain depthwise one")
+    if len({layer.activation for layer in inner}) > 1:
+        raise UnfitError("its activations differ")
+    if norm is not None and not isinstance(norm, nn.LayerNorm) and not (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1):
+        raise UnfitError(f"a {type(norm).__name__} stands in front")
+    return Bottleneck(project, expand, depthwise, norm)
+
+
+class Convolution(NamedTuple):
+    """Any other convolution: PyTorch's oneDNN, which takes the activation into the convolution and keeps the weight in its own layout."""
+
+    layer: Layer
+
+    def bind(self, dtype: torch.dtype) -> Pass:
+        """The pass with its weights folded for activations of ``dtype``."""
+        conv: Any = self.layer.module
+        exact, exact_bias = self.layer.folded(_define.accumulation_dtype(dtype))
+        weight, bias = exact.to(dtype), None if exact_bias is None else exact_bias.to(dtype)
+        places = (conv.padding, conv.stride, conv.dilation)
+        activation = ACTIVATIONS[self.layer.activation]
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not _onednn(dtype):
+            return lambda x: activation(conv._conv_forward(x, weight, bias))
+        onednn, packed = torch.ops.mkldnn, None
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal packed
+            x = x.contiguous(memory_format=torch.channels_last)
+            if packed is None:  # for the first size it sees; oneDNN runs any other with it, too
+                packed = onednn._reorder_convolution_weight(weight, *map(list, places), conv.groups, list(x.shape))
+            return onednn._convolution_pointwise(x, packed, bias, *map(list, places), conv.groups, *_ONEDNN[self.layer.activation])
+
+        return run
+
+
+_ONEDNN: dict[str, tuple[str, list[Any], str | None]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+}
+
+
+def _onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's oneDNN convolves in this dtype here."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype is torch.float32
+
+
+def single(layer: Layer) -> Bottleneck | Convolution:
+    """The pass of one convolution."""
+    return Bottleneck(layer) if layer.pointwise else Convolution(layer)
+
+
+def why_not_tensors(x: Tensor, tensors: Iterable[Tensor]) -> str | None:
+    """Weights that are no plain tensors, or not of the kind of ``x``."""
+    for tensor in tensors:
+        if (reason := _checks.why_not_weight("a weight", tensor)) is not None:
+            return reason
+        if tensor.is_floating_point() and (tensor.dtype is not x.dtype or tensor.device != x.device):
+            return f"the input is {x.dtype} on {x.device}, a weight {tensor.dtype} on {tensor.device}"
+    return None

@@ -1,0 +1,1 @@
+"""Inverted bottlenecks and transformer MLPs in one pass, for inference."""
