@@ -28,23 +28,6 @@ inline Vec<T> activate(Vec<T> v, Activation activation) {
   return v;
 }
 
-// Products that one running sum takes. A longer one is made of parts, since its rounding grows with its length: at a depth of 1536, four times that of MKL.
-constexpr int64_t kChain = 128;
-
-template <int kRows, int kVectors, class T>
-inline void sum_in_parts(int64_t depth, const T* a, int64_t a_row, const T* panel, Block<kRows, kVectors, T>& acc) {
-  gemm_block<kRows, kVectors, T>(min_of(depth, kChain), a, a_row, 1, panel, kPanel, acc);
-  for (int64_t k = kChain; k < depth; k += kChain) {
-    Block<kRows, kVectors, T> part;
-    gemm_block<kRows, kVectors, T>(min_of(depth - k, kChain), a + k, a_row, 1, panel + k * kPanel, kPanel, part);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += part[i][j];
-    }
-  }
-}
-
 // body(row, first channel, acc + bias) over whole vectors: tokens [rows][depth] times panels.
 template <class T, class Body>
 void times_panels(int64_t rows, int64_t depth, int64_t channels, const T* a, int64_t a_row, const T* panels, const T* bias, const Body& body) {
@@ -54,7 +37,7 @@ void times_panels(int64_t rows, int64_t depth, int64_t channels, const T* a, int
     for (int j = 0; j < kVectors; ++j) start[j] = load(bias + channel + j * kLanes<T>);
     const auto block = [&]<int kRows>(int64_t row) {
       Block<kRows, kVectors, T> acc;
-      sum_in_parts<kRows, kVectors, T>(depth, a + row * a_row, a_row, panel, acc);
+      sum_in_parts<kRows, kVectors, T>(depth, a + row * a_row, a_row, panel, kPanel, acc);
       for (int i = 0; i < kRows; ++i) {
         for (int j = 0; j < kVectors; ++j) body(row + i, channel + j * kLanes<T>, acc[i][j] + start[j]);
       }

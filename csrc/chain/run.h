@@ -37,7 +37,7 @@ struct Pass {
   static void multiply(int64_t rows, int64_t depth, int64_t columns, const T* left, int64_t left_row, const S* matrix, Range panels, const Epilogue& epilogue) {
     for (int64_t first = panels.begin * kPanelColumns; first < min_of(panels.end * kPanelColumns, columns); first += kPanelColumns) {
       const int64_t width = min_of(round_up(columns, kAlign) - first, kPanelColumns);
-      gemm<T>(rows, depth, width / lanes, left, left_row, 1, matrix + first * depth, width, [&](int64_t row, int64_t v, Vec<T> acc) {
+      gemm_in_parts(rows, depth, width / lanes, left, left_row, matrix + first * depth, width, [&](int64_t row, int64_t v, Vec<T> acc) {
         epilogue(row, first + v * lanes, acc);
       });
     }

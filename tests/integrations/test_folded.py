@@ -68,6 +68,18 @@ def test_evaluation(kind: str, images: Tensor) -> None:
     assert not handle.fallbacks
 
 
+@pytest.mark.parametrize("channels", [48, 160, 480])
+def test_long_sums(channels: int) -> None:
+    """A dense 3x3 convolution sums up to thousands of products; in one chain, as oneDNN does of a channels_last map, that breaks the rule."""
+    from timm.layers import ConvNormAct
+
+    torch.manual_seed(0)
+    original = ConvNormAct(channels, 80, 3, act_layer=nn.SiLU).eval()
+    accelerated = copy.deepcopy(original)
+    assert vitkernels.accelerate(accelerated).replaced
+    assert_right(accelerated, original, torch.randn(2, channels, 12, 12))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, images: Tensor) -> None:
     original, accelerated, _ = zoo.pair(timm_v1(), images)
