@@ -136,7 +136,7 @@ def main() -> None:
     if options.out is None:
         return
     folder = report.results_folder(options.out)
-    origin = report.provenance()
+    origin = {**report.provenance(), "malloc": "default and tuned"}
     report.write_csv(folder / "allocator.csv", rows, origin, COLUMNS)
     cells = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS] for row in rows]
     head = "# Whole models with glibc's malloc as it is, and after `vitkernels.tune_allocator()`"
