@@ -6,8 +6,9 @@ outputs, same state_dict. ``vitkernels.ops`` is the functional API below it, ``v
 
 from vitkernels import nn, ops
 from vitkernels._version import __version__
+from vitkernels.allocator import tune_allocator
 from vitkernels.backends import BackendUnavailable, backend
 from vitkernels.explain import explain
 from vitkernels.integrations import Handle, accelerate
 
-__all__ = ["BackendUnavailable", "Handle", "__version__", "accelerate", "backend", "explain", "nn", "ops"]
+__all__ = ["BackendUnavailable", "Handle", "__version__", "accelerate", "backend", "explain", "nn", "ops", "tune_allocator"]

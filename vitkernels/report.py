@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vitkernels import host, native
+from vitkernels import allocator, host, native
 from vitkernels._version import __version__
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def commit() -> str:
 
 def malloc_setting() -> str:
     """``tuned`` if glibc was told to keep large blocks, so that they cost no fresh pages; else ``default``."""
-    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED_MALLOC.items()) else "default"
+    told = all(os.environ.get(name) == value for name, value in TUNED_MALLOC.items())
+    return "tuned" if told or allocator.in_force() else "default"
 
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -190,7 +190,7 @@ def interleave(
     Raises:
         ValueError: nothing to time, or ``rounds`` is not positive.
     """
-    if not variants or rounds < 1:
+    if not (variants or elsewhere) or rounds < 1:
         raise ValueError(f"interleave needs variants and a positive number of rounds; got {len(variants)} variants and rounds={rounds}")
     device = torch.device(device)
     contexts = contexts or {}
