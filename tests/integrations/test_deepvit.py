@@ -27,7 +27,7 @@ from vitkernels.ops.packed.reference import keep_maps
 from .. import zoo
 from ..zoo import pair, reasons
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "attention_alone")
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""Convolutions and inverted residuals in evaluation: folded, in few passes, and the original as soon as anything is to be trained."""
+"""Convolutions, inverted residuals and MLPs in evaluation: folded, in few passes, and the original as soon as anything is to be trained."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -164,3 +166,124 @@ def test_another_norm_is_left_alone(images: Tensor) -> None:
     block = ConvNormAct(3, 8, 3, act_layer=nn.Tanh)
     handle = vitkernels.accelerate(block)
     assert zoo.reasons(handle) == {"": "its activation is a Tanh"}
+
+
+# --- MLPs ----------------------------------------------------------------------------------------------------------------------------
+
+
+def feed_forward(kind: str, *args: Any) -> nn.Module:
+    """The MLP of a zoo, of tokens of 24 channels, moved away from its initial values."""
+    zoo_module = importlib.import_module("timm.layers.mlp" if kind == "timm" else f"vit_pytorch.{kind}")
+    torch.manual_seed(0)
+    return zoo.settle((zoo_module.Mlp if kind == "timm" else zoo_module.FeedForward)(24, 50, *args), torch.randn(2, 5, 24)).eval()
+
+
+def transformer(kind: str) -> nn.Module:
+    """A small ViT, of two layers."""
+    torch.manual_seed(0)
+    if kind == "timm":
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(img_size=64, patch_size=16, num_classes=10, embed_dim=48, depth=2, num_heads=3, init_values=0.1)
+    zoo_module = importlib.import_module(f"vit_pytorch.{kind}")
+    model = {"vit": "ViT", "simple_vit": "SimpleViT", "deepvit": "DeepViT"}[kind]
+    small = {"image_size": 64, "patch_size": 16, "num_classes": 10, "dim": 48, "depth": 2, "heads": 3, "mlp_dim": 72, "dim_head": 16}
+    return getattr(zoo_module, model)(**small)
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "simple_vit", "deepvit"])
+def test_the_mlps_of_a_transformer(kind: str, images: Tensor) -> None:
+    original, accelerated, handle = zoo.pair(transformer(kind), images)
+    assert sorted(record.op == "inverted_bottleneck" for record in handle.replaced) == [False, False, True, True] and not handle.skipped
+    zoo.assert_same(original, accelerated, images, training=False, measure=zoo.inference)
+    zoo.assert_same(original, accelerated, images, training=True)
+    assert not handle.fallbacks
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "mobile_vit"])
+def test_tokens_in_any_arrangement(kind: str) -> None:
+    original = feed_forward(kind)
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    rows = [torch.randn(*shape, 24) for shape in [(7,), (2, 5), (0, 5), (2, 3, 4, 5)]]
+    for x in (*rows, torch.randn(2, 24, 5).mT, torch.randn(2, 5, 48)[..., ::2], torch.randn(5, 24).expand(3, 5, 24)):
+        assert_right(accelerated, original, x)
+        assert run(accelerated, x).is_contiguous()
+    assert not handle.fallbacks
+    for model in (original, accelerated):
+        with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape"):
+            run(model, torch.randn(2, 5, 25))
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit"])
+def test_an_mlp_follows_its_weights(kind: str) -> None:
+    """A step of training, writes in place, settings, a copy, and remove()."""
+    x = torch.randn(2, 5, 24)
+    original = feed_forward(kind)
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+
+    def changed(change: Callable[[nn.Module], object]) -> None:
+        """Both are changed, and it shows."""
+        before = run(accelerated, x)
+        for model in (original, accelerated):
+            change(model)
+        assert_right(accelerated, original, x)
+        assert not torch.allclose(run(accelerated, x), before)
+
+    def step(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        model(x).square().sum().backward()
+        optimizer.step()
+        model.eval()
+
+    def first(model: nn.Module, kind: type[nn.Module]) -> Any:
+        return next(module for module in model.modules() if isinstance(module, kind))
+
+    assert_right(accelerated, original, x)
+    changed(step)
+    changed(lambda model: first(model, nn.Linear).weight.detach().mul_(1.5))
+    changed(lambda model: first(model, nn.Linear).bias.detach().mul_(-2))
+    if kind == "vit":
+        changed(lambda model: setattr(first(model, nn.LayerNorm), "eps", 0.5))
+    assert not handle.fallbacks
+    assert_right(copy.deepcopy(accelerated), original, x)
+    changed(lambda model: setattr(first(model, nn.GELU), "approximate", "tanh"))
+    assert handle.fallbacks == {"": "its GELU is an approximate one"}
+    handle.remove()
+    assert type(accelerated) is type(original) and torch.equal(run(accelerated, x), run(original, x))
+
+
+def test_a_hook_inside_an_mlp_is_called() -> None:
+    x, original = torch.randn(2, 5, 24), feed_forward("vit")
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    run(accelerated, x)
+    seen: list[torch.Size] = []
+    accelerated.net[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert torch.equal(run(accelerated, x), run(original, x))
+    assert seen == [(2, 5, 50)] and "hook" in handle.fallbacks[""]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_mlps_of_other_dtypes_are_pytorchs(dtype: torch.dtype) -> None:
+    x, original = torch.randn(2, 5, 24, dtype=dtype), feed_forward("vit")
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    assert torch.equal(run(accelerated.to(dtype), x), run(original.to(dtype), x))
+    assert str(dtype) in handle.fallbacks[""] and str(dtype) in zoo.reasons(vitkernels.accelerate(original))[""]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_conv": True}, "a Conv2d stands where a plain Linear should"),
+        ({"norm_layer": nn.LayerNorm}, "it has a LayerNorm in between"),
+        ({"act_layer": nn.Tanh}, "its activation is a Tanh"),
+    ],
+    ids=["convolutions", "norm", "activation"],
+)
+def test_another_mlp_is_left_alone(options: dict[str, Any], words: str) -> None:
+    from timm.layers import Mlp
+
+    assert zoo.reasons(vitkernels.accelerate(Mlp(24, 50, **options))) == {"": words}

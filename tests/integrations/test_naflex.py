@@ -15,7 +15,7 @@ from vitkernels.accuracy import compare_tensors
 from .. import zoo
 from ..zoo import reasons
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "attention_alone")
 SIZES, LENGTH = ((4, 6), (2, 3), (7, 4), (1, 1)), 30
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},

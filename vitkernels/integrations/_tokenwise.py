@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vitkernels.integrations._fused import Fused, published, qualified
+from vitkernels.integrations._fused import Fused, original_name, published, qualified
 from vitkernels.nn import _checks
 
 
@@ -63,7 +63,7 @@ class Layers:
                     if (reason := kind._vk_why_not_layers(module)) is not None:
                         return reason
                     children = {name: child for name, child in children.items() if name not in kind._vk_skips}
-                elif _name(module) in self._known:
+                elif original_name(module) in self._known:
                     seen.add(cls)
                 else:
                     return f"its {cls.__name__} is not known to work on each token by itself"

@@ -1,4 +1,4 @@
-"""Blocks of convolutions, and transformer layers, in evaluation: norms folded into the weights, a few passes over memory in channels_last.
+"""Blocks of convolutions, and the MLPs of transformers, in evaluation: norms folded into the weights, a few passes over memory in channels_last.
 
 While a gradient is wanted, in training, under autocast and in a graph that torch.compile makes, the original code runs: it is what there is to train,
 and inductor folds by itself.
@@ -7,7 +7,7 @@ and inductor folds by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,23 @@ from vitkernels.nn._derived import Derived, gradient_wanted
 from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
 from vitkernels.ops.bottleneck.op import NAME
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Tensor | None]
+"""A forward; None for an input that the original is to refuse."""
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Plan(NamedTuple):
-    """What a module's forward is made of: ``bind(dtype)`` folds and packs, and gives the forward itself."""
+    """What a module's forward is made of: ``bind(dtype)`` folds and packs, and gives the forward itself, or why the original is to run."""
 
-    bind: Callable[[torch.dtype], Run]
+    bind: Callable[[torch.dtype], Run | str]
 
 
 class Folded(Fused):
     """Base of what runs folded in evaluation and is the original otherwise."""
 
     _vk_op: ClassVar[str] = NAME
-    _vk_dims: ClassVar[int] = 4
+    _vk_dims: ClassVar[range] = range(4, 5)
+    """Of inputs that it takes."""
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
@@ -50,10 +53,10 @@ class Folded(Fused):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        if cls._vk_weight(module).is_cuda:
-            return "folding is for the CPU"
         reason = _plan_of(cls, module)
-        return reason if isinstance(reason, str) else None
+        if isinstance(reason, str):
+            return reason
+        return "folding is for the CPU" if cls._vk_weight(module).is_cuda else None
 
     @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
@@ -65,7 +68,7 @@ class Folded(Fused):
 
     def _vk_folded(self, x: Any) -> Tensor | None:
         """The folded forward, or None where this call is the original's."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() != self._vk_dims:
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
             return None
         entry = _plans.entry(self)
         plan = entry.plan
@@ -137,7 +140,7 @@ def activation_of(module: Any) -> str:
     name = original_name(module)
     exact = getattr(module, "approximate", "none") == "none" and getattr(module, "act", nn.functional.gelu) is nn.functional.gelu
     if name not in _ACTIVATIONS or not exact:
-        raise UnfitError(f"its activation is a {type(module).__name__}")
+        raise UnfitError(f"its activation is a {type(module).__name__}" if exact else "its GELU is an approximate one")
     return _ACTIVATIONS[name]
 
 
@@ -152,10 +155,14 @@ def no_change(*modules: Any) -> None:
             raise UnfitError(f"it has a {type(module).__name__} in between")
 
 
-def conv_of(module: Any) -> nn.Conv2d:
-    """A plain convolution."""
-    if type(module) is not nn.Conv2d:
-        raise UnfitError(f"a {type(module).__name__} stands where a plain Conv2d should")
+def plain(module: Any, kind: type[Module]) -> Module:
+    """``module``, of this very class.
+
+    Raises:
+        UnfitError: it is of another.
+    """
+    if type(module) is not kind:
+        raise UnfitError(f"a {type(module).__name__} stands where a plain {kind.__name__} should")
     return module
 
 
@@ -169,7 +176,7 @@ def conv_layer(module: Any) -> Layer:
     """A convolution with its norm and activation, as timm and transformers write one."""
     name = original_name(module)
     if name == "timm.layers.conv_bn_act.ConvNormAct":
-        conv, norm = conv_of(module.conv), module.bn
+        conv, norm = plain(module.conv, nn.Conv2d), module.bn
         no_change(module._modules.get("aa"))
         if original_name(norm) != "timm.layers.norm_act.BatchNormAct2d":
             raise UnfitError(f"its norm is a {type(norm).__name__}")
@@ -179,8 +186,8 @@ def conv_layer(module: Any) -> Layer:
         norm = module.normalization
         if norm is not None and type(norm) is not nn.BatchNorm2d:
             raise UnfitError(f"its norm is a {type(norm).__name__}")
-        return Layer(conv_of(module.convolution), None if norm is None else _batch_norm(norm), activation=activation_of(module.activation))
-    return Layer(conv_of(module))
+        return Layer(plain(module.convolution, nn.Conv2d), None if norm is None else _batch_norm(norm), activation=activation_of(module.activation))
+    return Layer(plain(module, nn.Conv2d))
 
 
 # --- convolutions --------------------------------------------------------------------------------------------------------------------
@@ -230,9 +237,66 @@ class InvertedResidual(Folded):
         return super().forward(x) if y is None else y
 
 
+# --- MLPs ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Mlp(Folded):
+    """timm's ``Mlp``, and the ``FeedForward`` of vit_pytorch, whose norm is inside: in one op, the hidden tokens never leave the cache."""
+
+    _vk_dims: ClassVar[range] = range(2, 9)
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        norm = None
+        if original_name(module) == "timm.layers.mlp.Mlp":
+            first, activation, second = module.fc1, module.act, module.fc2
+            no_change(module.drop1, module.norm, module.drop2)
+        else:
+            layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
+            if len(layers) != 4:
+                raise UnfitError("it is not a LayerNorm, two linear layers and an activation")
+            norm, first, activation, second = layers
+            if len(plain(norm, nn.LayerNorm).normalized_shape) != 1:
+                raise UnfitError("its LayerNorm is over more than the channels")
+        expand, project = Layer(plain(first, nn.Linear), activation=activation_of(activation)), Layer(plain(second, nn.Linear))
+        whole = bottleneck(project, expand=expand, norm=norm)
+
+        def bind(dtype: torch.dtype) -> Run | str:
+            if (reason := _left_to_pytorch(dtype)) is not None:
+                return reason
+            run, channels = whole.bind(dtype), first.in_features
+
+            def on_tokens(x: Tensor) -> Tensor | None:
+                if x.shape[-1] != channels:
+                    return None
+                # The tokens are the pixels of one row of a map in channels_last.
+                y = run(x.flatten(0, -2).T[None, :, None])
+                return y[0, :, 0].T.unflatten(0, x.shape[:-1])
+
+            return on_tokens
+
+        return Plan(bind)
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        return super()._vk_why_not(module, role) or _left_to_pytorch(cls._vk_weight(module).dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's argument and result."""
+        y = self._vk_folded(x)
+        return super().forward(x) if y is None else y
+
+
+def _left_to_pytorch(dtype: torch.dtype) -> str | None:
+    """Why an MLP of this dtype is left to PyTorch: here products are made in float32, at half the speed of a CPU's own in bfloat16."""
+    return None if dtype is torch.float32 else f"an MLP in {dtype} is left to PyTorch"
+
+
 TABLE: dict[str, type[Fused]] = {
     "timm.layers.conv_bn_act.ConvNormAct": ConvNormAct,
     "timm.models.byobnet.BottleneckBlock": InvertedResidual,
+    "timm.layers.mlp.Mlp": Mlp,
+    **{f"vit_pytorch.{name}.FeedForward": Mlp for name in ("vit", "simple_vit", "deepvit", "mobile_vit")},
     **dict.fromkeys(_CONV_LAYERS, ConvNormAct),
     **{name.replace("ConvLayer", "InvertedResidual"): InvertedResidual for name in _CONV_LAYERS},
 }

@@ -23,12 +23,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("training", "eps", "track_running_stats"),
+    nn.LayerNorm: ("eps",),
+    nn.GELU: ("approximate",),
 }
 _version = attrgetter("_version")
 
 
 class _Snapshot:
-    """What the modules below a module are: their classes, children, tensors, hooks, and the settings of their convolutions and norms.
+    """What the modules below a module are: their classes, children, tensors, hooks, and the settings of PyTorch's own layers.
 
     It holds no reference to the module itself, but to everything below: an identity that is compared must not be given to another object meanwhile.
     """
