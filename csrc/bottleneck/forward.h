@@ -165,13 +165,14 @@ struct Forward {
   // Without a depthwise convolution every token goes its own way.
   void run_tokens() const {
     const int64_t tokens = a.batch * a.height * a.width;
-    const int64_t tile = min_of(kTokens, round_up(ceil_div(tokens, max_of<int64_t>(num_threads(), 1)), kBlockRows)), tiles = ceil_div(tokens, max_of<int64_t>(tile, 1));
-    const int64_t workers = min_of(num_threads(), tiles);
+    const int64_t blocks = ceil_div(tokens, kBlockRows), workers = min_of(num_threads(), blocks);
     parallel(workers, [&](int64_t worker) {
-      const Range part = share(tiles, worker, workers);
+      const Range own = share(blocks, worker, workers);
+      const int64_t begin = own.begin * kBlockRows, end = min_of(own.end * kBlockRows, tokens);
+      const int64_t tile = round_up(ceil_div(end - begin, ceil_div(end - begin, kTokens)), kBlockRows);  // as many tokens in each
       Buffer<T> normed(tile * a.in), hidden(a.expand_weight ? tile * hidden_stride : 0);
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        const int64_t first = i * tile, count = min_of(tile, tokens - first);
+      for (int64_t first = begin; first < end; first += tile) {
+        const int64_t count = min_of(tile, end - first);
         const T* values = input(first, count, normed);
         if (!a.expand_weight) {
           project(values, a.in, first, count);
