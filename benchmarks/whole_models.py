@@ -1,0 +1,105 @@
+"""Whole models in inference: accelerated, against PyTorch as it is and what a CPU user exports to.
+
+``python benchmarks/whole_models.py --out benchmarks/results/whole_models`` writes ``whole_models.csv`` and ``whole_models.md``. Contenders take
+turns in the same rounds, ONNX Runtime and OpenVINO in processes of their own that sleep meanwhile; ``--compile`` adds torch.compile with frozen
+weights, which takes minutes to compile. A row exists only if the accelerated model's logits passed the accuracy rule against float64 in that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import vitkernels
+from vitkernels import accuracy, report, timing
+from vitkernels.cli import _engines, _zoo
+
+MODELS = ("efficientvit_m0", "efficientvit_m4", "mobilevitv2_100", "mobilevit_s", "vit_pytorch:DeepViT", "vit_small_patch16_224")
+ORIGINAL, LAST, COMPILED, OURS = "original", "channels_last", "torch.compile", "accelerated"
+CONTENDERS = (ORIGINAL, LAST, COMPILED, *_engines.ENGINES, OURS)
+COLUMNS = ("model", "batch", "dtype", *(f"{name} ms" for name in CONTENDERS), "best other", "times as fast p20", "p50", "p80", "rounds", "weak")
+
+
+def compiled(model: nn.Module, images: Any) -> Callable[[], Any]:
+    """Compiled with its weights taken for constants, as inductor's freezing does it for inference."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(freezing=True):
+        program = torch.compile(copy.deepcopy(model))
+        program(images)
+    return lambda: program(images)
+
+
+def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> dict[str, Any]:
+    """One row."""
+    zoo = _zoo.load(name)
+    images: Any = _zoo.images(zoo, batch)[0]
+    exact = _zoo.logits(copy.deepcopy(zoo.module).double()(images.double()))
+    original: Any = zoo.module.to(dtype)
+    images = images.to(dtype)
+    last = copy.deepcopy(original).to(memory_format=torch.channels_last)
+    last_images = images.contiguous(memory_format=torch.channels_last)
+    accelerated = copy.deepcopy(original)
+    vitkernels.accelerate(accelerated)
+    found = accuracy.compare_tensors("logits", _zoo.logits(accelerated(images)), _zoo.logits(original(images)), exact)
+    if not found.holds:
+        raise SystemExit(f"{name}, batch {batch}: the accelerated model breaks the accuracy rule, nothing is measured: {found}")
+    calls = {ORIGINAL: lambda: original(images), LAST: lambda: last(last_images), OURS: lambda: accelerated(images)}
+    if with_compiled:
+        calls[COMPILED] = compiled(original, images)
+    row: dict[str, Any] = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+    if dtype is torch.float32:
+        with _engines.engines(original, images) as (engines, notes):
+            measured = timing.interleave(calls, elsewhere=engines, rounds=rounds, budget=seconds)
+        print(*notes, sep="\n", end="\n" if notes else "")
+    else:
+        measured = timing.interleave(calls, rounds=rounds, budget=seconds)
+    times = {other: measured[other].quantiles.p50 * 1e3 for other in CONTENDERS if other in measured}
+    best = min((other for other in times if other != OURS), key=lambda other: times[other])
+    faster = measured.speedup(OURS, over=best)
+    row |= {f"{other} ms": times.get(other, "") for other in CONTENDERS}
+    values = (best, faster.p20, faster.p50, faster.p80, measured.kept, measured.weak)
+    return row | dict(zip(COLUMNS[-len(values) :], values, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=30.0, help="stop a row after so long")
+    parser.add_argument("--model", action="append", help="default: " + ", ".join(MODELS))
+    parser.add_argument("--batch", type=int, action="append", help="default: 1 and 16")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile with frozen weights, too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    with torch.no_grad():
+        for name in options.model or MODELS:
+            for dtype in options.dtype or ("float32",):
+                for batch in options.batch or (1, 16):
+                    rows.append(compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile))
+                    print(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items() if value != ""), flush=True)
+    if options.out is None:
+        return
+    folder = report.results_folder(options.out)
+    origin = report.provenance()
+    report.write_csv(folder / "whole_models.csv", rows, origin, COLUMNS)
+    head = "# Whole models in inference; how many times as fast as the best of the others the accelerated model is"
+    table = report.markdown_table(COLUMNS, [[cell(row[column]) for column in COLUMNS] for row in rows])
+    (folder / "whole_models.md").write_text("\n".join([head, "", report.origin_sentence(origin), "", table, ""]))
+
+
+def cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
