@@ -39,12 +39,12 @@ def train(model: nn.Module, rate: float, steps: int, autocast: torch.dtype | Non
     return torch.stack(losses)
 
 
-CONVOLUTIONAL = {"MobileViTv2": (digits.model, 3e-3, 40, 2 + 2 * 3), "EfficientViT": (digits.efficientvit, 6e-3, 40, 2 * 2)}
+CONVOLUTIONAL = {"MobileViTv2": (digits.model, 3e-3, 40, 2 + 2 * 3 + 4), "EfficientViT": (digits.efficientvit, 6e-3, 40, 2 * 2)}
 CASES = [
     *(pytest.param(*case, None, id=f"{name}-fp32") for name, case in CONVOLUTIONAL.items()),
     *(pytest.param(*case, torch.bfloat16, id=f"{name}-bf16 autocast") for name, case in CONVOLUTIONAL.items()),
     pytest.param(digits.navit, 4e-3, 100, 1 + 1 + 1, None, id="NaViT-fp32"),
-    pytest.param(digits.deepvit, 2e-3, 50, 32, None, id="DeepViT-fp32"),
+    pytest.param(digits.deepvit, 2e-3, 50, 32 + 32, None, id="DeepViT-fp32"),
 ]
 
 
