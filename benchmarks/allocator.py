@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="default: float32")
     options = parser.parse_args()
+    folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.model or MODELS:
@@ -133,14 +134,9 @@ def main() -> None:
                     f" peak {row['default_peak_mb']} and {row['tuned_peak_mb']} MB",
                     flush=True,
                 )
-    if options.out is None:
-        return
-    folder = report.results_folder(options.out)
-    origin = {**report.provenance(), "malloc": "default and tuned"}
-    report.write_csv(folder / "allocator.csv", rows, origin, COLUMNS)
-    cells = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS] for row in rows]
-    head = "# Whole models with glibc's malloc as it is, and after `vitkernels.tune_allocator()`"
-    (folder / "allocator.md").write_text("\n".join([head, "", report.origin_sentence(origin), "", report.markdown_table(COLUMNS, cells), ""]))
+    if folder:
+        title = "Whole models with glibc's malloc as it is, and after `vitkernels.tune_allocator()`"
+        report.write_results(folder, "allocator", title, rows, COLUMNS, malloc="default and tuned")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"))
     options = parser.parse_args()
+    folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
     rows = []
     for dtype in options.dtype or ("float32", "bfloat16"):
@@ -117,14 +118,9 @@ def main() -> None:
                     f"{dtype} B{batch}: {row['contender']} {row['ms']:.1f} ms, {times} times {row['against']}{' weak' if row['weak'] else ''}",
                     flush=True,
                 )
-    if options.out is None:
-        return
-    folder = report.results_folder(options.out)
-    origin = report.provenance()
-    report.write_csv(folder / "tasks.csv", rows, origin, COLUMNS)
-    cells = [[str(row[c]) if not isinstance(row[c], float) else f"{row[c]:.3g}" for c in COLUMNS] for row in rows]
-    text = [f"# {TASKS} tasks of {MEMORIES} memory tokens a layer over one ViT-S", "", report.origin_sentence(origin), ""]
-    (folder / "tasks.md").write_text("\n".join([*text, report.markdown_table(COLUMNS, cells), ""]))
+    if folder:
+        title = f"{TASKS} tasks of {MEMORIES} memory tokens a layer over one ViT-S"
+        report.write_results(folder, "tasks", title, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"))
     options = parser.parse_args()
+    folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
     rows = []
     for dtype in options.dtype or ("float32", "bfloat16"):
@@ -69,22 +70,9 @@ def main() -> None:
                 f"{name} {row[f'{name}_p50']:.2f} ({row[f'{name}_p20']:.2f} to {row[f'{name}_p80']:.2f})" for name in ("auto", "native")
             )
             print(f"{dtype} B{batch} N{tokens} {heads}x{dim}: {row['chosen']}, times SDPA: {ratios}{' weak' if row['weak'] else ''}", flush=True)
-    if options.out is None:
-        return
-    folder = report.results_folder(options.out)
-    name = "sweep-backward" if options.backward else "sweep"
-    origin = report.provenance()
-    report.write_csv(folder / f"{name}.csv", rows, origin, COLUMNS)
-    cells = [[str(row[c]) if not isinstance(row[c], float) else f"{row[c]:.3g}" for c in COLUMNS] for row in rows]
-    text = [
-        "# attention against SDPA",
-        "",
-        report.origin_sentence(origin),
-        "",
-        "p20, p50 and p80: how many times as fast as SDPA, over the rounds.",
-        "",
-    ]
-    (folder / f"{name}.md").write_text("\n".join([*text, report.markdown_table(COLUMNS, cells), ""]))
+    if folder:
+        name, note = "sweep-backward" if options.backward else "sweep", "p20, p50 and p80: how many times as fast as SDPA, over the rounds."
+        report.write_results(folder, name, "attention against SDPA", rows, COLUMNS, note)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="default: float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile with frozen weights, too")
     options = parser.parse_args()
+    folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
     rows = []
     with torch.no_grad():
@@ -87,14 +88,9 @@ def main() -> None:
                 for batch in options.batch or (1, 16):
                     rows.append(compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile))
                     print(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items() if value != ""), flush=True)
-    if options.out is None:
-        return
-    folder = report.results_folder(options.out)
-    origin = report.provenance()
-    report.write_csv(folder / "whole_models.csv", rows, origin, COLUMNS)
-    head = "# Whole models in inference; how many times as fast as the best of the others the accelerated model is"
-    table = report.markdown_table(COLUMNS, [[cell(row[column]) for column in COLUMNS] for row in rows])
-    (folder / "whole_models.md").write_text("\n".join([head, "", report.origin_sentence(origin), "", table, ""]))
+    if folder:
+        title = "Whole models in inference; how many times as fast as the best of the others the accelerated model is"
+        report.write_results(folder, "whole_models", title, rows, COLUMNS)
 
 
 def cell(value: Any) -> str:

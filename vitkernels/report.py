@@ -137,6 +137,27 @@ def origin_sentence(origin: Mapping[str, Any]) -> str:
     )
 
 
+def write_results(
+    folder: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], note: str = "", **origin: Any
+) -> None:
+    """``<name>.csv`` and ``<name>.md`` of a benchmark script: the rows, where they were measured, and what there is to know of the columns.
+
+    Args:
+        folder: of :func:`results_folder`.
+        name: of both files.
+        title: of the Markdown file.
+        rows: with ``columns``.
+        columns: in this order.
+        note: a sentence above the table.
+        origin: what replaces parts of :func:`provenance`.
+    """
+    measured = {**provenance(), **origin}
+    write_csv(folder / f"{name}.csv", rows, measured, columns)
+    cells = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    parts = (f"# {title}", origin_sentence(measured), note, markdown_table(columns, cells) + "\n")
+    (folder / f"{name}.md").write_text("\n\n".join(part for part in parts if part))
+
+
 def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
