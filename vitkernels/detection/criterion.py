@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.detection.matcher import HungarianMatcher, Kind
+from vitkernels.detection.matcher import HungarianMatcher
 from vitkernels.detection.targets import PackedTargets, Targets
 from vitkernels.nn import _checks
+from vitkernels.ops.matching.op import KINDS, Kind
 
 LOSSES = ("labels", "cardinality", "boxes")
 
@@ -52,7 +53,7 @@ class SetCriterion(nn.Module):
         for name in losses:
             if name not in LOSSES:
                 raise ValueError(f"SetCriterion: losses holds {name!r}; it must hold some of {', '.join(map(repr, LOSSES))}")
-        if kind not in ("softmax", "focal"):
+        if kind not in KINDS:
             raise ValueError(f"SetCriterion: kind is {kind!r}; it must be 'softmax' or 'focal'")
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef, self.losses = num_classes, matcher, weight_dict, eos_coef, list(losses)
         self.kind: Kind = kind
@@ -85,26 +86,35 @@ class SetCriterion(nn.Module):
             TypeError: a wrong dtype, or something that is no tensor.
             KeyError: an image without labels or boxes.
         """
-        logits, boxes = stacked(outputs)
-        channels = self.num_classes + (self.kind == "softmax")
-        if logits.shape[-1] != channels:
-            raise ValueError(f"SetCriterion: pred_logits has {logits.shape[-1]} channels; it must have {channels}, for {self.num_classes} classes")
-        packed = PackedTargets.pack(targets)
+        found, channels = outputs["pred_logits"].shape[-1], self.num_classes + (self.kind == "softmax")
+        if found != channels:
+            raise ValueError(f"SetCriterion: pred_logits has {found} channels; it must have {channels}, for {self.num_classes} classes")
         one_pass = self.matcher.match if type(self.matcher) is HungarianMatcher and not _checks.hooked(self.matcher) else None
-        matches = match_layers(self.matcher, one_pass, logits, boxes, packed, outputs, targets)
-        losses = ops.detection_set_loss(
-            logits,
-            boxes,
-            packed.labels,
-            packed.boxes,
-            matches,
-            average_boxes(packed),
-            kind=self.kind,
-            eos_coef=self.eos_coef,
-            alpha=self.alpha,
-            gamma=self.gamma,
-        )
-        return official(losses, self.losses, logits, packed, matches, self.kind)
+        settings = {"eos_coef": self.eos_coef, "alpha": self.alpha, "gamma": self.gamma}
+        return evaluate(self.matcher, one_pass, outputs, targets, self.losses, kind=self.kind, **settings)
+
+
+def evaluate(
+    matcher: nn.Module,
+    one_pass: Callable[[Tensor, Tensor, PackedTargets], Tensor] | None,
+    outputs: Mapping[str, Any],
+    targets: Targets,
+    names: Sequence[str],
+    *,
+    kind: Kind = "softmax",
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """What the official criterion returns of ``names``; ``settings`` are those of :func:`vitkernels.ops.detection_set_loss`.
+
+    ``one_pass`` is the matcher's way to match all decoder layers at once, if it has one.
+    """
+    (logits, boxes), packed = stacked(outputs), PackedTargets.pack(targets)
+    matches = match_layers(matcher, one_pass, logits, boxes, packed, outputs, targets)
+    losses = ops.detection_set_loss(logits, boxes, packed.labels, packed.boxes, matches, average_boxes(packed), kind=kind, **settings)
+    found = by_name(losses, names, logits, packed, kind)
+    if "labels" in names:
+        found["class_error"] = class_error(logits[0], packed, matches[0])
+    return found
 
 
 def stacked(outputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -137,14 +147,6 @@ def average_boxes(packed: PackedTargets) -> Tensor | float:
     boxes = torch.tensor(float(total), device=packed.boxes.device)
     dist.all_reduce(boxes)
     return (boxes / dist.get_world_size()).clamp(min=1)
-
-
-def official(losses: Tensor, names: Sequence[str], logits: Tensor, packed: PackedTargets, matches: Tensor, kind: str) -> dict[str, Tensor]:
-    """What the official criterion returns, made of :func:`vitkernels.ops.detection_set_loss`'s [L, 3]."""
-    found = by_name(losses, names, logits, packed, kind)
-    if "labels" in names:
-        found["class_error"] = class_error(logits[0], packed, matches[0])
-    return found
 
 
 def by_name(losses: Tensor, names: Sequence[str], logits: Tensor, packed: PackedTargets, kind: str) -> dict[str, Tensor]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.detection.targets import PackedTargets, Targets
-
-Kind = Literal["softmax", "focal"]
-Invalid = Literal["replace", "raise"]
+from vitkernels.ops.matching.assignment import Invalid
+from vitkernels.ops.matching.op import Kind
 
 
 class HungarianMatcher(nn.Module):

@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 from vitkernels import ops
 from vitkernels.backends import backend
 from vitkernels.detection import HungarianMatcher, PackedTargets, criterion
-from vitkernels.detection.matcher import Kind, match
+from vitkernels.detection.matcher import match
 from vitkernels.detection.targets import Targets
 from vitkernels.integrations._fused import Fused, Role, fell_back, last_fallback, swap
 from vitkernels.integrations.packed import untraced
 from vitkernels.nn import _checks, _derived
+from vitkernels.ops.matching.op import Kind
 
 _TRANSFORMERS = "transformers.loss.loss_for_object_detection"
 _LOSSES: dict[str, Kind] = {
@@ -178,14 +179,11 @@ class AuthorsCriterion(Fused):
         if reason is not None:
             fell_back(self, reason)
             return super().forward(outputs, targets)
-        packed, (logits, boxes) = PackedTargets.pack(targets), criterion.stacked(outputs)
         matcher = self.matcher
         ours = {AuthorsMatcher: "_vk_match", HungarianMatcher: "match"}
         name = next((name for kind, name in ours.items() if isinstance(matcher, kind)), None)
         one_pass = getattr(matcher, name) if name is not None and not _checks.hooked(matcher) else None
-        matches = criterion.match_layers(matcher, one_pass, logits, boxes, packed, outputs, targets)
-        losses = ops.detection_set_loss(logits, boxes, packed.labels, packed.boxes, matches, criterion.average_boxes(packed), eos_coef=self.eos_coef)
-        return criterion.official(losses, self.losses, logits, packed, matches, "softmax")
+        return criterion.evaluate(matcher, one_pass, outputs, targets, self.losses, eos_coef=self.eos_coef)
 
 
 def _weight_of_no_object(module: Any) -> float | None:

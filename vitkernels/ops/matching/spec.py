@@ -77,7 +77,6 @@ def _draw(
 
 # Images with so many targets: none, more than there are queries, one.
 _MIX = (3, 0, 9, 1)
-_KINDS = ("softmax", "focal")
 
 
 def _shapes(small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -114,7 +113,7 @@ def _cost_sample(name: str, kind: str = "softmax", *, weights: tuple[float, floa
 def _cost_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, small: bool = False) -> Iterator[Sample]:
     make = functools.partial(_cost_sample, dtype=dtype, device=device)
     for name, shape in _shapes(small):
-        for kind in _KINDS:
+        for kind in op.KINDS:
             yield make(name, kind, **shape)
     yield make("no query", queries=0, sizes=(2, 1))
     yield make("no image", queries=4, sizes=())
@@ -225,7 +224,7 @@ def _loss_sample(name: str, kind: str = "softmax", *, options: dict[str, float] 
 def _loss_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, small: bool = False) -> Iterator[Sample]:
     make = functools.partial(_loss_sample, dtype=dtype, device=device, grad=grad)
     for name, shape in _shapes(small):
-        for kind in _KINDS:
+        for kind in op.KINDS:
             yield make(name, kind, **shape)
     yield make("no query", "focal", queries=0, sizes=(2, 1))
     yield make("no image", "focal", queries=4, sizes=())
