@@ -139,9 +139,14 @@ def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def original_class(module: nn.Module) -> type:
+    """The class its author gave ``module``, replaced or not."""
+    return published(origin(module)[0] if is_fused(module) else type(module))
+
+
 def original_name(module: nn.Module) -> str:
-    """The qualified name of the class its author gave ``module``, replaced or not."""
-    return qualified(published(origin(module)[0] if is_fused(module) else type(module)))
+    """The qualified name of :func:`original_class`."""
+    return qualified(original_class(module))
 
 
 def fell_back(module: nn.Module, reason: str) -> None:

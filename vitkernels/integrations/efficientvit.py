@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels.integrations._fused import Fused, Role, fell_back, is_fused, origin, published, qualified
+from vitkernels.integrations._fused import Fused, Role, fell_back, original_class, original_name, qualified
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention
 from vitkernels.nn import _chain, _checks
@@ -20,10 +20,6 @@ from vitkernels.nn._chain import Other, Step, Walk, below, convolution, plain
 from vitkernels.ops.chain.reference import FeedForward, SqueezeExcite
 
 _SIGMOIDS = ("torch.nn.modules.activation.Sigmoid", "timm.layers.activations.Sigmoid")
-
-
-def _class_of(module: nn.Module) -> type:
-    return published(origin(module)[0] if is_fused(module) else type(module))
 
 
 # --- what the classes are made of -------------------------------------------------------------------------------------------------------
@@ -108,7 +104,7 @@ TIMM = Walk(
         f"{_MSRA}.EfficientVitMsra": _model,
         "torch.nn.modules.conv.Conv2d": _conv_norm,  # of a model whose norms were folded away
     },
-    lambda module: qualified(_class_of(module)),
+    original_name,
 )
 
 # The authors' classes are copied into projects under many module names: known by their own, and checked by running the whole model.
@@ -125,7 +121,7 @@ AUTHORS = Walk(
         "EfficientViT": _authors_model,
         "Conv2d": _conv_norm,
     },
-    lambda module: _class_of(module).__name__,
+    lambda module: original_class(module).__name__,
 )
 
 
@@ -144,7 +140,7 @@ class Chain(Fused):
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
         for path, part in module.named_modules():
-            if _class_of(part).__name__ == "CascadedGroupAttention" and not issubclass(role(part), CascadedAttention):
+            if original_class(part).__name__ == "CascadedGroupAttention" and not issubclass(role(part), CascadedAttention):
                 return f"its {path} is not replaced"
         try:
             steps = cls._vk_walk.steps("", module)

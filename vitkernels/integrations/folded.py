@@ -70,9 +70,12 @@ class Folded(Fused):
         """The folded forward, or None where this call is the original's."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
             return None
+        if self.training:
+            _plans.forget(self)
+            return None
         entry = _plans.entry(self)
         plan = entry.plan
-        if self.training or gradient_wanted([x, *entry.snapshot.tensors]):
+        if gradient_wanted([x, *entry.snapshot.tensors]):
             entry.forget()
             return None
         if torch.is_autocast_enabled("cpu"):
@@ -88,6 +91,11 @@ class Folded(Fused):
             reason = bound
         fell_back(self, reason)
         return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The original's arguments and result."""
+        y = self._vk_folded(x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 def _here(x: Tensor) -> bool:
@@ -200,11 +208,6 @@ class ConvNormAct(Folded):
     def _vk_plan(cls, module: Any) -> Plan:
         return Plan(single(conv_layer(module)).bind)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The original's arguments and result."""
-        y = self._vk_folded(x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if y is None else y
-
 
 class InvertedResidual(Folded):
     """timm's ``BottleneckBlock`` with a depthwise middle, and the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2: in one op."""
@@ -230,11 +233,6 @@ class InvertedResidual(Folded):
             return (lambda x: run(x, x)) if residual else run
 
         return Plan(bind)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The original's argument and result."""
-        y = self._vk_folded(x)
-        return super().forward(x) if y is None else y
 
 
 # --- MLPs ----------------------------------------------------------------------------------------------------------------------------
@@ -280,11 +278,6 @@ class Mlp(Folded):
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
         return super()._vk_why_not(module, role) or _left_to_pytorch(cls._vk_weight(module).dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The original's argument and result."""
-        y = self._vk_folded(x)
-        return super().forward(x) if y is None else y
 
 
 def _left_to_pytorch(dtype: torch.dtype) -> str | None:

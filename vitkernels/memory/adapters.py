@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkernels.integrations._fused import original_name
 from vitkernels.memory.beside import Rows, project_memory, run_beside
-from vitkernels.memory.layers import frame_of, zoo_name
+from vitkernels.memory.layers import frame_of
 
 ADAPTER = "vit_pytorch.learnable_memory_vit.Adapter"
 
@@ -34,7 +35,7 @@ def run_adapters(adapters: Sequence[nn.Module], img: Tensor) -> list[Tensor]:
     if not adapters:
         raise ValueError("run_adapters: adapters is empty; there must be at least one")
     for adapter in adapters:
-        name = zoo_name(adapter)
+        name = original_name(adapter)
         if name != ADAPTER:
             raise TypeError(f"run_adapters: adapters holds a {name}; it must hold {ADAPTER}")
     first: Any = adapters[0]

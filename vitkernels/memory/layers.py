@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitkernels.integrations._fused import is_fused, origin, published, qualified
+from vitkernels.integrations._fused import original_name
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -202,7 +202,7 @@ def _vit_pytorch(vit: Any) -> Frame:
     token = vit.cls_token
     if token is not None:
         token = token.flatten(0, -2)[0] + vit.pos_embedding.flatten(0, -2)[0]
-    package = zoo_name(vit).rpartition(".")[0]
+    package = original_name(vit).rpartition(".")[0]
     layers = tuple(_VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
     last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
     return Frame(layers, vit.pos_embedding.shape[-1], token, last)
@@ -223,20 +223,15 @@ def frame_of(vit: nn.Module) -> Frame:
     Raises:
         TypeError: it is of a class that is not known, or has a layer of one.
     """
-    name = zoo_name(vit)
+    name = original_name(vit)
     if name not in _FRAMES:
         raise TypeError(f"memory: vit is a {name}; it must be one of {', '.join(_FRAMES)}")
     with torch.no_grad():
         return _FRAMES[name](vit)
 
 
-def zoo_name(module: nn.Module) -> str:
-    """The qualified name of a module's class as its zoo has it, accelerated or not."""
-    return qualified(published(origin(module)[0] if is_fused(module) else type(module)))
-
-
 def _expect(module: nn.Module, name: str) -> None:
-    if (found := zoo_name(module)) != name:
+    if (found := original_name(module)) != name:
         raise TypeError(f"memory: a layer of vit is a {found}; it must be a {name}")
 
 

@@ -84,11 +84,8 @@ def layer(name: str, module: Any) -> Layer:
     found = _conv_norm.find(name, module)
     if isinstance(found, str):
         raise Other(found)
-    conv = found.conv
-    if conv.kernel_size[0] != conv.kernel_size[1] or conv.stride[0] != conv.stride[1] or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-        raise Other(f"{name} is a convolution that is not square, or dilated, or padded with something else than zeros")
-    if isinstance(conv.padding, str) or conv.padding[0] != conv.padding[1]:
-        raise Other(f"{name} is a convolution with padding {conv.padding}")
+    if (reason := _conv_norm.why_not_square(name, found.conv)) is not None:
+        raise Other(reason)
     return found
 
 

@@ -108,6 +108,15 @@ def find(name: str, module: Any) -> Layer | str:
     return Layer(conv, norm)
 
 
+def why_not_square(name: str, conv: nn.Conv2d) -> str | None:
+    """Why a convolution is not one number for its kernel, one for its stride and one for its zero padding."""
+    if conv.kernel_size[0] != conv.kernel_size[1] or conv.stride[0] != conv.stride[1] or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        return f"{name} is a convolution that is not square, or dilated, or padded with something else than zeros"
+    if isinstance(conv.padding, str) or conv.padding[0] != conv.padding[1]:
+        return f"{name} is a convolution with padding {conv.padding}"
+    return None
+
+
 def _why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
     """Where a layer keeps a tensor as a plain attribute (a replica of nn.DataParallel, some pruning), nothing watches it."""
     for tensor in tensors:
@@ -128,11 +137,11 @@ def fold(norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, T
 def folded(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the one convolution that a layer is with its norm frozen, computed in ``dtype``."""
     conv, norm = layer
-    weight = conv.weight.to(dtype)
+    weight, bias = conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
     if norm is None:
-        return weight, None if conv.bias is None else conv.bias.to(dtype)
+        return weight, bias
     factor, shift = fold([norm], dtype)
-    return weight * factor[:, None, None, None], shift
+    return weight * factor[:, None, None, None], shift if bias is None else torch.addcmul(shift, bias, factor)
 
 
 def _folded(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,8 @@ class Layer:
 
     def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the one affine map, in ``dtype``."""
-        weight, bias = self.module.weight.to(dtype), self.module.bias
-        bias = None if bias is None else bias.to(dtype)
-        if self.norm is None:
-            return weight, bias
-        factor, shift = _conv_norm.fold([self.norm], dtype)
-        return weight * factor[:, None, None, None], shift if bias is None else torch.addcmul(shift, bias, factor)
+        conv: Any = self.module  # a linear layer has no norm, and is read alike
+        return _conv_norm.folded(_conv_norm.Layer(conv, self.norm), dtype)
 
     def affine(self, dtype: torch.dtype) -> Affine:
         """The weight as a matrix [out, in]."""
@@ -66,11 +62,11 @@ class Layer:
 
     @property
     def square(self) -> bool:
-        """Whether it is a convolution alike in both directions, not dilated, padded with zeros."""
+        """Whether it is a convolution alike in both directions, not dilated, padded with zeros, fewer than its kernel is wide."""
         conv = self.module
-        if isinstance(conv, nn.Linear) or isinstance(conv.padding, str) or conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+        if isinstance(conv, nn.Linear) or _conv_norm.why_not_square("", conv) is not None:
             return False
-        return all(pair[0] == pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)) and conv.padding[0] < conv.kernel_size[0]
+        return int(conv.padding[0]) < conv.kernel_size[0]
 
     @property
     def dense(self) -> bool:
