@@ -87,9 +87,10 @@ def packer(method: str) -> Callable[[Any, int, int], tuple[Any, int]] | None:
 
 
 def assigner(name: str) -> Callable[..., Any] | None:
-    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix or ``assign_all`` of many.
+    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix, ``assign_all`` of
+    many, or ``pairs_of`` their matches.
 
-    They take contiguous float32 or float64 arrays; what else they take and return says ``csrc/host/module.cpp``.
+    They take contiguous arrays, of costs in float32 or float64; what else they take and return says ``csrc/host/module.cpp``.
     :func:`vitkernels.ops.linear_sum_assignment` is the function to call.
     """
     return getattr(_module(), name, None)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "common/isa.h"
@@ -85,6 +86,21 @@ py::tuple assign_all(const Array<T>& costs, const std::vector<int64_t>& offsets,
   return py::make_tuple(matches, replaced);
 }
 
+py::tuple pairs_of(const Array<int64_t>& matches, const std::vector<int64_t>& offsets) {
+  const int64_t images = matches.shape(0), queries = matches.shape(1), *match = matches.data();
+  std::vector<int64_t> counts(images);
+  for (int64_t i = 0; i < images; ++i) counts[i] = std::count_if(match + i * queries, match + (i + 1) * queries, [](int64_t target) { return target >= 0; });
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  Int64s query(total), target(total);
+  int64_t *to_query = query.mutable_data(), *to_target = target.mutable_data();
+  for (int64_t i = 0; i < images; ++i) {
+    for (int64_t q = 0; q < queries; ++q, ++match) {
+      if (*match >= 0) *to_query++ = q, *to_target++ = *match - offsets[i];
+    }
+  }
+  return py::make_tuple(query, target, counts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -98,5 +114,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("assign_all", &assign_all<float>, py::arg().noconvert(), py::arg(), py::arg(),
         "Costs [L, T, Q], the first target of each image and T, threads: the target of each query [L, B, Q] or -1, and whether one was replaced [L, B].");
   m.def("assign_all", &assign_all<double>, py::arg().noconvert(), py::arg(), py::arg());
+  m.def("pairs_of", &pairs_of, py::arg().noconvert(), py::arg(),
+        "Matches [B, Q], the first target of each image: matched queries, their targets counted from their image's first, and how many of each image.");
   m.def("best_fit_decreasing", &pack<&host::best_fit_decreasing>, "The same, from the longest, each into the fullest bin with room.");
 }
