@@ -16,7 +16,7 @@ from vitkernels import backends
 from vitkernels.integrations._fused import Fused, Role, fell_back, original_name
 from vitkernels.nn import _checks, _folded
 from vitkernels.nn._derived import Derived, gradient_wanted
-from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
+from vitkernels.nn._folded import Bottleneck, Layer, UnfitError, bottleneck, single
 from vitkernels.ops.bottleneck.op import NAME
 
 Run = Callable[[Tensor], Tensor | None]
@@ -94,7 +94,7 @@ class Folded(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The original's arguments and result."""
-        y = self._vk_folded(x) if not args and not kwargs else None
+        y = self._vk_folded(x) if all(value is None or value is False for value in (*args, *kwargs.values())) else None
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
@@ -137,7 +137,12 @@ _ACTIVATIONS = {
 _CONV_LAYERS = frozenset(
     f"transformers.models.{name}ConvLayer" for name in ("mobilevit.modeling_mobilevit.MobileViT", "mobilevitv2.modeling_mobilevitv2.MobileViTV2")
 )
-_INACTIVE = frozenset({"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", "timm.layers.drop.DropPath"})
+_INACTIVE = frozenset(
+    {
+        *("torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", "timm.layers.drop.DropPath"),
+        "transformers.models.dinov2.modeling_dinov2.Dinov2DropPath",
+    }
+)
 """What changes nothing in evaluation."""
 
 
@@ -245,24 +250,12 @@ class Mlp(Folded):
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
-        norm = None
-        if original_name(module) == "timm.layers.mlp.Mlp":
-            first, activation, second = module.fc1, module.act, module.fc2
-            no_change(module.drop1, module.norm, module.drop2)
-        else:
-            layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
-            if len(layers) != 4:
-                raise UnfitError("it is not a LayerNorm, two linear layers and an activation")
-            norm, first, activation, second = layers
-            if len(plain(norm, nn.LayerNorm).normalized_shape) != 1:
-                raise UnfitError("its LayerNorm is over more than the channels")
-        expand, project = Layer(plain(first, nn.Linear), activation=activation_of(activation)), Layer(plain(second, nn.Linear))
-        whole = bottleneck(project, expand=expand, norm=norm)
+        whole = mlp_layers(module)
 
         def bind(dtype: torch.dtype) -> Run | str:
-            if (reason := _left_to_pytorch(dtype)) is not None:
+            if (reason := left_to_pytorch(dtype)) is not None:
                 return reason
-            run, channels = whole.bind(dtype), first.in_features
+            run, channels = whole.bind(dtype), whole.channels
 
             def on_tokens(x: Tensor) -> Tensor | None:
                 if x.shape[-1] != channels:
@@ -277,12 +270,51 @@ class Mlp(Folded):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or _left_to_pytorch(cls._vk_weight(module).dtype)
+        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
 
 
-def _left_to_pytorch(dtype: torch.dtype) -> str | None:
-    """Why an MLP of this dtype is left to PyTorch: here products are made in float32, at half the speed of a CPU's own in bfloat16."""
-    return None if dtype is torch.float32 else f"an MLP in {dtype} is left to PyTorch"
+def left_to_pytorch(dtype: torch.dtype) -> str | None:
+    """Why linear layers of this dtype are left to PyTorch: here products are made in float32, at half the speed of a CPU's own in bfloat16."""
+    return None if dtype is torch.float32 else f"linear layers in {dtype} are left to PyTorch"
+
+
+def mlp_layers(module: Any, norm: Any = None, scale: Tensor | None = None) -> Bottleneck:
+    """The pass of a zoo's MLP: with ``norm`` in front, if it has none inside, and ``scale`` behind.
+
+    Raises:
+        UnfitError: it is another MLP.
+    """
+    if original_name(module) == "timm.layers.mlp.Mlp":
+        first, activation, second = module.fc1, module.act, module.fc2
+        no_change(module.drop1, module.norm, module.drop2)
+    elif original_name(module) in _TRANSFORMERS_MLPS:
+        first, activation, second = module.fc1, module.activation_fn, module.fc2
+    elif original_name(module).startswith("vit_pytorch."):
+        layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
+        if len(layers) != 4:
+            raise UnfitError("it is not a LayerNorm, two linear layers and an activation")
+        norm, first, activation, second = layers
+    else:
+        raise UnfitError(f"its MLP is a {type(module).__name__}")
+    expand, project = Layer(plain(first, nn.Linear), activation=activation_of(activation)), Layer(plain(second, nn.Linear), scale=scale)
+    return bottleneck(project, expand=expand, norm=None if norm is None else token_norm(norm))
+
+
+def token_norm(module: Any) -> nn.LayerNorm:
+    """A LayerNorm over the channels.
+
+    Raises:
+        UnfitError: it is another norm.
+    """
+    if original_name(module) not in _LAYER_NORMS:
+        raise UnfitError(f"its norm is a {type(module).__name__}")
+    if len(module.normalized_shape) != 1:
+        raise UnfitError("its LayerNorm is over more than the channels")
+    return module
+
+
+_LAYER_NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"})
+_TRANSFORMERS_MLPS = frozenset(f"transformers.models.{name}MLP" for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2"))
 
 
 TABLE: dict[str, type[Fused]] = {
