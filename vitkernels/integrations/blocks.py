@@ -1,4 +1,4 @@
-"""Transformer blocks of ViT, DeepViT and MobileViT in evaluation, four native calls each:
+"""Transformer blocks of ViT, DeepViT and MobileViT in evaluation, four native calls each.
 
     qkv = project_in(norm(x))            the packed projection
     y   = attend(q, k, v)                views of it, read where they lie
@@ -21,7 +21,7 @@ from vitkernels import ops
 from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, original_name
 from vitkernels.integrations.dense import Patch
-from vitkernels.integrations.folded import Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
+from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention
 from vitkernels.nn import head_mixing
@@ -194,7 +194,8 @@ class VitPytorchTransformer(_OfTokens):
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
-        blocks = [cls._vk_block(attention, feed_forward) for attention, feed_forward in plain(module.layers, nn.ModuleList)]
+        layers: Any = plain(module.layers, nn.ModuleList)
+        blocks = [cls._vk_block(attention, feed_forward) for attention, feed_forward in layers]
         if not blocks:
             raise UnfitError("it has no layers")
         return _plan(*blocks, last=module._modules.get("norm"))
@@ -260,13 +261,9 @@ class TransformersBlock(_OfTokens):
         )
         return _plan(block)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The original's arguments and result."""
-        return super().forward(hidden_states, attention_mask, **kwargs)
-
 
 TABLE: dict[str, type[Fused]] = {
     "timm.models.vision_transformer.Block": TimmBlock,
     **{f"vit_pytorch.{name}.Transformer": VitPytorchTransformer for name in ("vit", "simple_vit", "deepvit")},
-    **{f"transformers.models.{name}Layer": TransformersBlock for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2")},
+    **{f"{name}Layer": TransformersBlock for name in TRANSFORMERS_VITS},
 }

@@ -92,10 +92,11 @@ class Folded(Fused):
         fell_back(self, reason)
         return None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The original's arguments and result."""
-        y = self._vk_folded(x) if all(value is None or value is False for value in (*args, *kwargs.values())) else None
-        return super().forward(x, *args, **kwargs) if y is None else y
+        alone = bool(args) and all(value is None or value is False for value in (*args[1:], *kwargs.values()))
+        y = self._vk_folded(args[0]) if alone else None
+        return super().forward(*args, **kwargs) if y is None else y
 
 
 def _here(x: Tensor) -> bool:
@@ -287,7 +288,7 @@ def mlp_layers(module: Any, norm: Any = None, scale: Tensor | None = None) -> Bo
     if original_name(module) == "timm.layers.mlp.Mlp":
         first, activation, second = module.fc1, module.act, module.fc2
         no_change(module.drop1, module.norm, module.drop2)
-    elif original_name(module) in _TRANSFORMERS_MLPS:
+    elif original_name(module) in (f"{name}MLP" for name in TRANSFORMERS_VITS):
         first, activation, second = module.fc1, module.activation_fn, module.fc2
     elif original_name(module).startswith("vit_pytorch."):
         layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
@@ -314,7 +315,10 @@ def token_norm(module: Any) -> nn.LayerNorm:
 
 
 _LAYER_NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"})
-_TRANSFORMERS_MLPS = frozenset(f"transformers.models.{name}MLP" for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2"))
+TRANSFORMERS_VITS = tuple(
+    f"transformers.models.{name}" for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2")
+)
+"""What the names of the classes of transformers' plain ViTs begin with."""
 
 
 TABLE: dict[str, type[Fused]] = {
