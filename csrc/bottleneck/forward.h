@@ -162,6 +162,13 @@ struct Forward {
     times_panels<T>(count, a.hidden, a.out, values, stride, static_cast<const T*>(a.project_weight), static_cast<const T*>(a.project_bias), finish);
   }
 
+  // The position in its patch of a sample's token.
+  int64_t group_of(int64_t token) const { return token / a.width % a.patch_height * a.patch_width + token % a.width % a.patch_width; }
+  const T* gate_of(int64_t token) const {
+    const int64_t tokens = a.height * a.width;
+    return static_cast<const T*>(a.gate) + (token / tokens * a.patch_height * a.patch_width + group_of(token % tokens)) * round_up(a.hidden, lanes);
+  }
+
   // Without a depthwise convolution every token goes its own way.
   void run_tokens() const {
     const int64_t tokens = a.batch * a.height * a.width;
@@ -171,6 +178,7 @@ struct Forward {
       const int64_t begin = own.begin * kBlockRows, end = min_of(own.end * kBlockRows, tokens);
       const int64_t tile = round_up(ceil_div(end - begin, ceil_div(end - begin, kTokens)), kBlockRows);  // as many tokens in each
       Buffer<T> normed(tile * a.in), hidden(a.expand_weight ? tile * hidden_stride : 0);
+      Buffer<const T*> gates(a.gate ? tile : 0);
       for (int64_t first = begin; first < end; first += tile) {
         const int64_t count = min_of(tile, end - first);
         const T* values = input(first, count, normed);
@@ -178,7 +186,11 @@ struct Forward {
           project(values, a.in, first, count);
           continue;
         }
-        const auto keep = [&](int64_t row, int64_t channel, Vec<T> v) { store(hidden + row * hidden_stride + channel, activate<T>(v, a.activation)); };
+        for (int64_t t = 0; a.gate && t < count; ++t) gates[t] = gate_of(first + t);
+        const auto keep = [&](int64_t row, int64_t channel, Vec<T> v) {
+          v = activate<T>(v, a.activation);
+          store(hidden + row * hidden_stride + channel, a.gate ? v * load(gates[row] + channel) : v);
+        };
         times_panels<T>(count, a.in, a.hidden, values, a.in, static_cast<const T*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
         project(hidden, hidden_stride, first, count);
       }

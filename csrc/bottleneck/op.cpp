@@ -11,7 +11,10 @@ const bottleneck::Kernels& kernels() {
   return table;
 }
 
-// Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
+}  // namespace
+
+namespace bottleneck {
+
 bool channels_last(const Tensor& t) {
   const int64_t dense[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int64_t d = 0; d < 4; ++d) {
@@ -20,13 +23,12 @@ bool channels_last(const Tensor& t) {
   return true;
 }
 
-// Panels [panels][depth][kPanel] for so many output channels, with their bias.
 const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType type, const char* name) {
   const int64_t panels = (channels + bottleneck::kPanel - 1) / bottleneck::kPanel;
   STD_TORCH_CHECK(
       weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == depth && weight.size(2) == bottleneck::kPanel && weight.is_contiguous() &&
           weight.scalar_type() == type && bias.numel() == panels * bottleneck::kPanel && bias.is_contiguous() && bias.scalar_type() == type,
-      "vitkernels::inverted_bottleneck: ", name, " must be contiguous panels [", panels, ", ", depth, ", ", bottleneck::kPanel,
+      "vitkernels: ", name, " must be contiguous panels [", panels, ", ", depth, ", ", bottleneck::kPanel,
       "] of the accumulation dtype with a bias of as many channels");
   return weight.data_ptr();
 }
@@ -34,11 +36,13 @@ const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t dep
 const void* checked_norm(const std::optional<Tensor>& tensor, int64_t channels, ScalarType type) {
   STD_TORCH_CHECK(
       !tensor || (tensor->numel() == channels && tensor->is_contiguous() && tensor->scalar_type() == type),
-      "vitkernels::inverted_bottleneck: the norm's weight and bias must be contiguous, one number a channel of x, of the accumulation dtype");
+      "vitkernels: the norm's weight and bias must be contiguous, one number a channel of x, of the accumulation dtype");
   return data_of(tensor);
 }
 
-}  // namespace
+}  // namespace bottleneck
+
+using bottleneck::channels_last, bottleneck::checked_norm, bottleneck::checked_panels;
 
 Tensor inverted_bottleneck(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& expand_weight,

@@ -10,10 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from vitkernels.integrations import blocks, folded, learnable_memory, official, timm, transformers, vit_pytorch
+from vitkernels.integrations import blocks, folded, learnable_memory, mobilevit, official, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
-_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE, **learnable_memory.TABLE, **folded.TABLE, **blocks.TABLE}
+_TABLE: dict[str, type[Fused]] = {
+    **timm.TABLE,
+    **transformers.TABLE,
+    **vit_pytorch.TABLE,
+    **learnable_memory.TABLE,
+    **folded.TABLE,
+    **blocks.TABLE,
+    **mobilevit.TABLE,
+}
 
 _NAMES = "a string or several strings: ops, class names or path globs"
 
