@@ -71,6 +71,8 @@ class Evaluated(Fused):
         reason = _checks.why_not_tensor(x)
         if isinstance(plan, str):
             reason = reason or plan
+            if plan.endswith(_checks.HOOKED):
+                _plans.drop(self)  # nothing that is compared tells that the hook is gone
         elif reason is None:
             bind = plan.bind
             bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
