@@ -79,6 +79,13 @@ def _known(module: Any, name: str) -> Any:
     return module
 
 
+def _local(conv: Layer, reduce: Layer) -> list[Bind]:
+    """The convolutions in front of a transformer: in one call if the first is depthwise."""
+    if conv.depthwise:
+        return [bottleneck(reduce, depthwise=conv).bind]
+    return [single(conv).bind, single(reduce).bind]
+
+
 # --- MobileViTv2 ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +154,7 @@ class TimmSeparable(Whole, timm.TimmBlock):
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
         layers = [cls._vk_layer(layer) for layer in plain(module.transformer, nn.Sequential)]
-        before = [single(conv_layer(module.conv_kxk)).bind, single(conv_layer(module.conv_1x1)).bind]
+        before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         project = bottleneck(conv_layer(module.conv_proj), norm=_sample_norm(module.norm))
         return _plan(Separable(before, layers, project, module.patch_size, resizes=True).bind)
 
@@ -172,7 +179,7 @@ class TransformersSeparable(Whole, transformers.TransformersBlock):
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
         layers = [cls._vk_layer(layer) for layer in plain(_known(module.transformer, f"{_V2}Transformer").layer, nn.ModuleList)]
-        before = [*_downsampling(module, _V2), single(conv_layer(module.conv_kxk)).bind, single(conv_layer(module.conv_1x1)).bind]
+        before = [*_downsampling(module, _V2), *_local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))]
         project = bottleneck(conv_layer(module.conv_projection), norm=_sample_norm(module.layernorm))
         return _plan(Separable(before, layers, project, (module.patch_height, module.patch_width), resizes=False).bind)
 
@@ -259,7 +266,7 @@ class TimmDense(Whole, timm.TimmMapBlock):
         layers = [
             blocks.TimmBlock._vk_block(_known(layer, "timm.models.vision_transformer.Block")) for layer in plain(module.transformer, nn.Sequential)
         ]
-        before = [single(conv_layer(module.conv_kxk)).bind, single(conv_layer(module.conv_1x1)).bind]
+        before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         fusion = None if module.conv_fusion is None else conv_layer(module.conv_fusion)
         whole = Dense([], before, layers, token_norm(module.norm), conv_layer(module.conv_proj), fusion, module.patch_size)
         return _plan(whole.bind)
@@ -276,7 +283,7 @@ class TransformersDense(Whole, transformers.MobileViTBlock):
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
         layers = [cls._vk_block(layer) for layer in plain(_known(module.transformer, f"{_V1}Transformer").layer, nn.ModuleList)]
-        before = [single(conv_layer(module.conv_kxk)).bind, single(conv_layer(module.conv_1x1)).bind]
+        before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         project, fusion, patch = conv_layer(module.conv_projection), conv_layer(module.fusion), (module.patch_height, module.patch_width)
         return _plan(Dense(_downsampling(module, _V1), before, layers, token_norm(module.layernorm), project, fusion, patch).bind)
 
@@ -311,8 +318,7 @@ class VitPytorchDense(Whole, vit_pytorch.MapBlock):
         pairs: Any = plain(_known(module.transformer, "vit_pytorch.mobile_vit.Transformer").layers, nn.ModuleList)
         layers = [blocks.VitPytorchTransformer._vk_block(attention, feed_forward) for attention, feed_forward in pairs]
         local, reduce, project, fusion = map(_sequence, (module.conv1, module.conv2, module.conv3, module.conv4))
-        before = [single(local).bind, single(reduce).bind]
-        return _plan(Dense([], before, layers, None, project, fusion, (module.ph, module.pw), resizes=False, joined_last=True).bind)
+        return _plan(Dense([], _local(local, reduce), layers, None, project, fusion, (module.ph, module.pw), resizes=False, joined_last=True).bind)
 
 
 def _sequence(module: Any) -> Layer:
