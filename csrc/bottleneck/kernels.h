@@ -30,10 +30,14 @@ struct Bottleneck {
   Activation activation, out_activation;      // behind the expansion and the depthwise convolution; behind the projection
   const void* residual;                       // like y; null: none
   void* y;
+  // Whether the weights, but not the biases, are bfloat16, as pairs: [panels][depth / 2][kPanel][2], of even depths. Only for bfloat16 without a depthwise
+  // convolution, and with kernels that say so.
+  bool pairs;
 };
 
 struct Kernels {
   void (*forward)(const Bottleneck&);
+  bool pairs;  // bfloat16 products of pairs are there
 };
 
 }  // namespace vitkernels::bottleneck

@@ -106,6 +106,7 @@ class Bottleneck(NamedTuple):
             depthwise=depthwise,
             activation=inner[0] if inner else "none",
             out_activation=self.project.activation,
+            activations=dtype,
         )
         return lambda x, residual=None: op.run(x, packed, residual)
 
