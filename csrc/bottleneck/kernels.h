@@ -34,10 +34,14 @@ struct Bottleneck {
   const void* gate;
   int64_t patch_height, patch_width;
   void* y;
+  // Whether the weights, but not the biases, are bfloat16, as pairs: [panels][depth / 2][kPanel][2], of even depths. Only for bfloat16 without a depthwise
+  // convolution, and with kernels that say so.
+  bool pairs;
 };
 
 struct Kernels {
   void (*forward)(const Bottleneck&);
+  bool pairs;  // bfloat16 products of pairs are there
 };
 
 }  // namespace vitkernels::bottleneck

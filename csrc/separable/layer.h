@@ -13,7 +13,7 @@ namespace {
 // Tokens whose weighted sum is one part, whatever the number of threads.
 constexpr int64_t kPoolTokens = 128;
 
-template <class S>
+template <class S, class Left>
 class LayerForward {
   using T = Arith<S>;
   static constexpr int64_t lanes = kLanes<T>;
@@ -24,7 +24,7 @@ class LayerForward {
         groups_(a_.patch_height * a_.patch_width), dim_(round_up(a_.in, lanes)), part_(round_up(groups_ * 2, lanes) + groups_ * dim_) {}
 
   // The context of each group, for a block that knows its moments.
-  void find_gate(const Forward<S>& block, T* gate) const {
+  void find_gate(const Forward<S, Left>& block, T* gate) const {
     const int64_t parts = ceil_div(tokens_, kPoolTokens);
     Buffer<T> memory(a_.batch * parts * part_), pooled(a_.batch * groups_ * a_.in);
     parallel(a_.batch * parts, [&](int64_t i) { pool(block, i / parts, i % parts * kPoolTokens, memory + i * part_); });
@@ -34,9 +34,8 @@ class LayerForward {
     parallel(workers, [&](int64_t worker) {
       const Range own = share(columns, worker, workers);
       const int64_t first = own.begin * kPanel;
-      times_panels<T>(rows, a_.in, min_of(own.end * kPanel, a_.in) - first, pooled.get(), a_.in, panels + first * a_.in, bias + first, [&](int64_t row, int64_t channel, Vec<T> v) {
-        store(gate + row * dim_ + first + channel, v);
-      });
+      const auto keep = [out = gate + first, stride = dim_](int64_t row, int64_t channel, Vec<T> v) { store(out + row * stride + channel, v); };
+      times_panels(rows, a_.in, min_of(own.end * kPanel, a_.in) - first, pooled.get(), a_.in, panels + first * a_.in, bias + first, keep);
     });
   }
 
@@ -47,7 +46,7 @@ class LayerForward {
   // A part of the memory holds of each group the largest logit, the sum of the exponentials, and the sum of the tokens weighted by them.
   T* sums(T* part) const { return part + round_up(groups_ * 2, lanes); }
 
-  void pool(const Forward<S>& block, int64_t sample, int64_t first, T* part) const {
+  void pool(const Forward<S, Left>& block, int64_t sample, int64_t first, T* part) const {
     const int64_t count = min_of(kPoolTokens, tokens_ - first);
     const S* x = block.x + (sample * tokens_ + first) * a_.in;
     const T mean = block.moments[sample * 2], inverse = block.moments[sample * 2 + 1];
@@ -87,7 +86,7 @@ class LayerForward {
   }
 
   // The weighted mean of each group's normalised tokens: the weights' sum is one, so it is the normalised mean.
-  void join(const Forward<S>& block, int64_t sample, T* memory, int64_t parts, T* pooled) const {
+  void join(const Forward<S, Left>& block, int64_t sample, T* memory, int64_t parts, T* pooled) const {
     const T mean = block.moments[sample * 2], inverse = block.moments[sample * 2 + 1];
     const T *weight = static_cast<const T*>(a_.norm_weight), *bias = static_cast<const T*>(a_.norm_bias);
     for (int64_t g = 0; g < groups_; ++g) {
@@ -115,16 +114,26 @@ class LayerForward {
   const int64_t tokens_, groups_, dim_, part_;
 };
 
-template <class S>
-void layer_forward(const separable::Layer& a) {
+template <class S, class Left>
+void run_layer(const separable::Layer& a) {
   using T = Arith<S>;
   Buffer<T> gate(a.batch * a.patch_height * a.patch_width * round_up(a.in, kLanes<T>));
   separable::Layer gated = a;
   gated.gate = gate.get();
-  Forward<S> run(gated);
+  Forward<S, Left> run(gated);
   run.find_sample_moments();
-  LayerForward<S>(gated).find_gate(run, gate);
+  LayerForward<S, Left>(gated).find_gate(run, gate);
   run.run_tokens();
+}
+
+template <class S>
+void layer_forward(const separable::Layer& a) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (a.pairs) return run_layer<S, BFloat16>(a);
+  }
+#endif
+  run_layer<S, Arith<S>>(a);
 }
 
 }  // namespace

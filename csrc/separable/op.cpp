@@ -168,12 +168,17 @@ Tensor separable_layer(
   a.norm = bottleneck::Norm::kSample, a.eps = eps;
   a.norm_weight = bottleneck::checked_norm(norm_weight, dim, type), a.norm_bias = bottleneck::checked_norm(norm_bias, dim, type);
   a.query = query_weight.data_ptr(), a.query_bias = query_bias.data_ptr();
-  const auto panels = [&](const Tensor& weight, const Tensor& bias, const char* name, const void*& weight_data, const void*& bias_data) {
-    weight_data = bottleneck::checked_panels(weight, bias, dim, dim, type, name), bias_data = bias.data_ptr();
+  a.pairs = a.dtype == Dtype::kBFloat16 && out_weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      !a.pairs || (bottleneck::takes_pairs() && dim % 2 == 0),
+      "vitkernels::separable_layer: bfloat16 weights need bfloat16 products (avx512_bf16) and an even number of channels, which is ", dim);
+  const auto panels = [&](const Tensor& weight, const Tensor& bias, ScalarType weights, const char* name, const void*& weight_data, const void*& bias_data) {
+    weight_data = bottleneck::checked_panels(weight, bias, dim, dim, weights, type, name), bias_data = bias.data_ptr();
   };
-  panels(key_weight, key_bias, "key_weight", a.key_weight, a.key_bias);
-  panels(value_weight, value_bias, "value_weight", a.expand_weight, a.expand_bias);
-  panels(out_weight, out_bias, "out_weight", a.project_weight, a.project_bias);
+  const ScalarType weights = a.pairs ? ScalarType::BFloat16 : type;
+  panels(key_weight, key_bias, type, "key_weight", a.key_weight, a.key_bias);
+  panels(value_weight, value_bias, weights, "value_weight", a.expand_weight, a.expand_bias);
+  panels(out_weight, out_bias, weights, "out_weight", a.project_weight, a.project_bias);
   a.activation = bottleneck::Activation::kRelu;
   Tensor y = empty_strided({batch, dim, height, width}, {height * width * dim, 1, width * dim, dim}, x.scalar_type());
   a.x = a.residual = x.data_ptr(), a.y = y.data_ptr();

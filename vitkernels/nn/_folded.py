@@ -143,6 +143,7 @@ class Bottleneck(NamedTuple):
             depthwise=depthwise,
             activation=inner[0] if inner else "none",
             out_activation=self.project.activation,
+            activations=dtype,
         )
         return lambda x, residual=None: op.run(x, packed, residual)
 
@@ -177,7 +178,8 @@ class SeparableAttention(NamedTuple):
     def bind(self, dtype: torch.dtype) -> Callable[[Tensor, tuple[int, int]], Tensor]:
         """The layer of a map and its patch, its weights packed for activations of ``dtype``."""
         accumulation, norm = _define.accumulation_dtype(dtype), self.norm
-        packed = separable.pack(self.qkv.affine(accumulation), self.out.affine(accumulation), Norm("sample", norm.weight, norm.bias, norm.eps))
+        of_norm = Norm("sample", norm.weight, norm.bias, norm.eps)
+        packed = separable.pack(self.qkv.affine(accumulation), self.out.affine(accumulation), of_norm, dtype)
         return lambda x, patch: separable.run(x, packed, patch)
 
 

@@ -43,20 +43,21 @@ class Packed(NamedTuple):
     eps: float
 
 
-def pack(qkv: Affine, out: Affine, norm: Norm) -> Packed:
-    """Weights for :func:`run`, in float32 (float64 for float64), whatever the dtype of the activations.
+def pack(qkv: Affine, out: Affine, norm: Norm, activations: torch.dtype | None = None) -> Packed:
+    """Weights for :func:`run`, in float32 (float64 for float64), or of values and output in pairs of bfloat16 as the inverted bottleneck's are.
 
     Args:
         qkv: [1 + 2 d, d], the rows of the query, then of the keys, then of the values.
         out: [d, d].
         norm: of the input, over all of a sample.
+        activations: the dtype of what :func:`run` will be given, if it is known.
     """
     dim = out.weight.shape[0]
     query, keys, values = qkv.weight.split([1, dim, dim])
     biases = qkv.weight.new_zeros(1 + 2 * dim) if qkv.bias is None else qkv.bias
     query_bias, key_bias, value_bias = biases.split([1, dim, dim])
     *_, key_panels, key_biases = bottleneck.pack(Affine(keys, key_bias)).tensors
-    rest = bottleneck.pack(out, norm=norm, expand=Affine(values, value_bias), activation="relu").tensors
+    rest = bottleneck.pack(out, norm=norm, expand=Affine(values, value_bias), activation="relu", activations=activations).tensors
     *of_norm, value_panels, value_biases, _, _, out_panels, out_biases = rest
     # The kernel normalises the tokens for the query without the norm's weight and bias; the bias, like the query's own, is one number for all.
     query, query_bias = query[0].double(), query_bias.double()
@@ -74,7 +75,7 @@ def run(x: Tensor, packed: Packed, patch: tuple[int, int]) -> Tensor:
 
     Args:
         x: [B, d, H, W]; float32, bfloat16, float16 or float64, on the CPU. Channels_last is read as it lies.
-        packed: the weights, of ``x``'s accumulation dtype.
+        packed: the weights, of ``x``'s accumulation dtype, or packed for activations of its dtype.
         patch: (ph, pw), which divide H and W: pixels at one position in their patches are a group.
 
     Returns:
