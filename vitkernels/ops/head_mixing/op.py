@@ -67,8 +67,8 @@ def re_attention(
     may be of any floating dtype and are used as they are. Logits, softmax, mix, norm and sums are in float32 (float64 for float64).
 
     Returns:
-        [B, H, N, D_v], in memory [B, N, H, D_v], and with ``return_map`` the maps. Differentiable once in q, k, v and the weights and biases of mix and norm. Saved
-        for backward: the inputs, B H N numbers (the logsumexp of each row) and a few per head; no map is stored.
+        [B, H, N, D_v], in memory [B, N, H, D_v], and with ``return_map`` the maps. Differentiable once in q, k, v and the weights and biases of mix
+        and norm. Saved for backward: the inputs, B H N numbers (the logsumexp of each row) and a few per head; no map is stored.
 
     Raises:
         ValueError: a wrong shape, a mix of devices, a probability outside [0, 1], an unknown norm, one of two statistics, a norm's argument without
