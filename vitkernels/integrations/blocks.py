@@ -24,7 +24,6 @@ from vitkernels.integrations.dense import Patch
 from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
-from vitkernels.nn import head_mixing
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck
 
 Attend = Callable[[Tensor, Patch], Tensor]
@@ -58,8 +57,9 @@ def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def _joined(out: Tensor) -> Tensor:
-    """[B, H, N, D] as a map [B, H D, 1, N]: no copy where a token's heads lie side by side."""
-    return head_mixing.join(out).mT.unsqueeze(2)
+    """[B, H, N, D] as a map [B, H D, 1, N]: no copy of what the ops return, [B, N, H, D] in memory."""
+    batch, heads, tokens, channels = out.shape
+    return out.mT.reshape(batch, heads * channels, 1, tokens)
 
 
 def softmax(heads: int, scale: float | None, q_norm: Any = None, k_norm: Any = None) -> Callable[[], Attend]:
@@ -86,7 +86,7 @@ def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Call
 
     def bind() -> Attend:
         # In float64, as the op wants them: not converted at each call.
-        mix, gamma, beta = (None if t is None else t.detach().double() for t in (weight.t(), norm.weight, norm.bias))
+        mix, gamma, beta = (None if t is None else t.detach().double().contiguous() for t in (weight.t(), norm.weight, norm.bias))
         assert mix is not None
 
         def attend(qkv: Tensor, patch: Patch) -> Tensor:
