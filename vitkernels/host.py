@@ -96,3 +96,8 @@ def assigner(name: str) -> Callable[..., Any] | None:
     :func:`vitkernels.ops.linear_sum_assignment` is the function to call.
     """
     return getattr(_module(), name, None)
+
+
+def watcher(name: str) -> Callable[..., Any] | None:
+    """The compiled ``unchanged`` or ``marks`` of :mod:`vitkernels.nn._derived`, ``None`` where the module is not built."""
+    return getattr(_module(), name, None)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 
@@ -36,6 +37,13 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializ
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// [B, H, N, width], in memory [B, N, H, width].
+inline Tensor token_major(const Tensor& like, int64_t width) {
+  // As a contiguous [B, N, H, width] has them, where a dimension of 0 counts as 1.
+  const int64_t heads = like.size(1), tokens = like.size(2), row = std::max<int64_t>(heads, 1) * width;
+  return empty_strided({like.size(0), heads, tokens, width}, {std::max<int64_t>(tokens, 1) * row, width, row, 1}, like.scalar_type());
 }
 
 inline Map map_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}; }

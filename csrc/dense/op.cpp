@@ -15,14 +15,8 @@ constexpr const char* kOp = "attention";
 // depend on the number of threads.
 constexpr int64_t kBiasParts = 8;
 
-// [B, H, N, D] of any strides, and of what is made here: in memory [B, N, H, D].
+// [B, H, N, D] of any strides.
 Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(2), t.stride(1), t.stride(3), t.stride(0)}; }
-Tensor token_major(const Tensor& like, int64_t width) {
-  // As a contiguous [B, N, H, width] has them, where a dimension of 0 counts as 1.
-  const int64_t heads = like.size(1), tokens = like.size(2), row = std::max<int64_t>(heads, 1) * width;
-  return empty_strided({like.size(0), heads, tokens, width}, {std::max<int64_t>(tokens, 1) * row, width, row, 1}, like.scalar_type());
-}
-
 Tensor row_numbers(const Tensor& q) {
   const int64_t heads = q.size(1), tokens = q.size(2);
   return empty_strided({q.size(0), heads, tokens}, {std::max<int64_t>(heads, 1) * std::max<int64_t>(tokens, 1), std::max<int64_t>(tokens, 1), 1}, ScalarType::Double);

@@ -84,7 +84,7 @@ template <class T>
 class BackwardTile {
  public:
   BackwardTile(const Backward& a, const Sizes<T>& n, const Mixing<T>& mixing, int64_t rows)
-      : a_(a), n_(n), mixing_(mixing), head_size_(rows * n.map_row), maps_(n.heads * head_size_), grads_(n.heads * head_size_),
+      : a_(a), n_(n), mixing_(mixing), head_size_(n.head_size(rows)), maps_(n.heads * head_size_), grads_(n.heads * head_size_),
         factors_(a.dropout ? n.heads * head_size_ : 0), mixed_(n.heads * n.map_row), left_(n.heads * n.map_row), right_(n.heads * n.map_row),
         yx_(n.heads, false), xx_(n.heads, true) {
     // What lies beyond the last key is read, and never written.
@@ -227,10 +227,8 @@ class BackwardTile {
   void through_layer_norm(int64_t valid, Vec<T> (*z)[2], Vec<T> (*y)[2], Vec<T>* weight) const {
     const T share = T(1) / static_cast<T>(n_.heads), eps = static_cast<T>(a_.eps);
     for (int u = 0; u < 2; ++u) {
-      Vec<T> sum{}, squares{}, slope{}, along{};
-      for (int64_t g = 0; g < n_.heads; ++g) sum += z[g][u];
-      const Vec<T> mean = sum * share;
-      for (int64_t g = 0; g < n_.heads; ++g) z[g][u] -= mean, squares += z[g][u] * z[g][u];
+      Vec<T> squares{}, slope{}, along{};
+      for (int64_t g = 0; g < n_.heads; ++g) squares += z[g][u] * z[g][u];
       Vec<T> inverse = T(1) / square_root<T>(squares * share + eps);
       if (valid < kPanel<T>) inverse = first_lanes<T>(inverse, valid - u * kLanes<T>, T(0));
       for (int64_t g = 0; g < n_.heads; ++g) {

@@ -7,10 +7,25 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
+// Of the loop the compiler makes one root after the other, with a branch for errno behind each.
 template <class T>
 inline Vec<T> square_root(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_maskz_sqrt_ps(0xffff, v);  // maskz: gcc 12 warns about the plain one
+  } else {
+    return _mm512_maskz_sqrt_pd(0xff, v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_sqrt_ps(v);
+  } else {
+    return _mm256_sqrt_pd(v);
+  }
+#else
   for (int i = 0; i < kLanes<T>; ++i) v[i] = std::sqrt(v[i]);
   return v;
+#endif
 }
 
 // z[g] = start[g] + sum_h a[g][h] x[h] for kRows rows of a, two vectors at a time.
@@ -40,15 +55,26 @@ inline void mix(int64_t heads, const T* a, const T* start, const Vec<T> (*x)[2],
   if (g < heads) mix_block<1>(heads, a + g * heads, start + g, x, z + g);
 }
 
-// The small matrices in the arithmetic type.
+// The small matrices in the arithmetic type. Before a layer norm their columns are centred: what is mixed by them has a mean of zero over the heads, and the norm
+// has none to find and to subtract.
 template <class T>
 struct Mixing {
   T mix[kMostHeads * kMostHeads], start[kMostHeads], weight[kMostHeads], constant[kMostHeads];
 
   explicit Mixing(const Attention& a) {
-    for (int64_t i = 0; i < a.heads * a.heads; ++i) mix[i] = static_cast<T>(a.mix[i]);
+    const bool centred = a.norm == Norm::kLayer;
+    const auto mean = [&](const double* column, int64_t stride) {
+      double sum = 0;
+      for (int64_t g = 0; g < a.heads; ++g) sum += column[g * stride];
+      return centred ? sum / static_cast<double>(a.heads) : 0;
+    };
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const double of_column = mean(a.mix + h, a.heads);
+      for (int64_t g = 0; g < a.heads; ++g) mix[g * a.heads + h] = static_cast<T>(a.mix[g * a.heads + h] - of_column);
+    }
+    const double of_bias = mean(a.mix_bias, 1);
     for (int64_t g = 0; g < a.heads; ++g) {
-      start[g] = a.norm == Norm::kLayer ? static_cast<T>(a.mix_bias[g]) : T(0);
+      start[g] = centred ? static_cast<T>(a.mix_bias[g] - of_bias) : T(0);
       weight[g] = static_cast<T>(a.weight[g]), constant[g] = static_cast<T>(a.constant[g]);
     }
   }
@@ -58,14 +84,14 @@ template <class T, class P>
 class Tile {
  public:
   Tile(const Attention& a, const Sizes<T>& n, const P& products, const Mixing<T>& mixing)
-      : a_(a), n_(n), io_(storage_of<T>(a.dtype)), products_(products), mixing_(mixing), queries_(n.rows * products.left_row(n.dim)), maps_(n.heads * n.rows * n.map_row),
-        mixed_(products.mixed_size()), inverse_(n.heads * n.rows), out_(n.rows * n.value_row) {}
+      : a_(a), n_(n), io_(storage_of<T>(a.dtype)), products_(products), mixing_(mixing), head_size_(n.head_size(n.rows)), queries_(n.rows * products.left_row(n.dim)),
+        maps_(n.heads * head_size_), mixed_(products.mixed_size()), inverse_(n.heads * n.rows), out_(n.rows * n.value_row) {}
 
   // The maps of all heads, dropped but not yet divided by their sums.
   void maps(int64_t sample, int64_t first, int64_t rows, const T* keys, double* lse) {
     const T scale = static_cast<T>(a_.scale);
     for (int64_t h = 0; h < n_.heads; ++h) {
-      T* at = maps_ + h * n_.rows * n_.map_row;
+      T* at = maps_ + h * head_size_;
       products_.pack_left(head_rows(io_, a_.q, sample, h, first), rows, n_.dim, queries_);
       products_.product(rows, n_.dim, queries_, keys + h * products_.panels_size(n_.dim), [&](int64_t i, int64_t c, Vec<T> acc) {
         store(at + i * n_.map_row + c * kLanes<T>, acc * scale);
@@ -79,7 +105,7 @@ class Tile {
   void load_maps(int64_t i, int64_t j, Vec<T> (*x)[2]) const {
     const Vec<T> centre = broadcast(static_cast<T>(a_.centre));
     for (int64_t h = 0; h < n_.heads; ++h) {
-      const T* at = maps_ + (h * n_.rows + i) * n_.map_row + j;
+      const T* at = maps_ + h * head_size_ + i * n_.map_row + j;
       const T inverse = inverse_[h * n_.rows + i];
       x[h][0] = load(at) * inverse - centre;
       x[h][1] = load(at + kLanes<T>) * inverse - centre;
@@ -95,16 +121,14 @@ class Tile {
         mix<T>(n_.heads, mixing_.mix, mixing_.start, x, z);
         if (a_.norm == Norm::kLayer) {
           for (int u = 0; u < 2; ++u) {
-            Vec<T> sum{}, squares{};
-            for (int64_t g = 0; g < n_.heads; ++g) sum += z[g][u];
-            const Vec<T> mean = sum * share;
-            for (int64_t g = 0; g < n_.heads; ++g) z[g][u] -= mean, squares += z[g][u] * z[g][u];
+            Vec<T> squares{};
+            for (int64_t g = 0; g < n_.heads; ++g) squares += z[g][u] * z[g][u];
             const Vec<T> inverse = T(1) / square_root<T>(squares * share + eps);
             for (int64_t g = 0; g < n_.heads; ++g) z[g][u] *= inverse * mixing_.weight[g];
           }
         }
         for (int64_t g = 0; g < n_.heads; ++g) {
-          const int64_t place = (g * n_.rows + i) * n_.map_row + j;
+          const int64_t place = g * head_size_ + i * n_.map_row + j;
           products_.put(maps_, mixed_, place, z[g][0]);
           products_.put(maps_, mixed_, place + kLanes<T>, z[g][1]);
         }
@@ -114,15 +138,16 @@ class Tile {
 
   void apply(int64_t sample, int64_t first, int64_t rows, const T* values, const T* column_sums, void* out) {
     for (int64_t g = 0; g < n_.heads; ++g) {
-      const int64_t at = g * n_.rows * n_.map_row;
+      const int64_t at = g * head_size_;
       const T constant = mixing_.constant[g];
       const T* sums = column_sums + g * n_.value_row;
       products_.out(rows, maps_ + at, mixed_ + at / 2, values + g * products_.values_size(), [&](int64_t i, int64_t c, Vec<T> acc, bool first) {
         T* target = out_ + i * n_.value_row + c * kLanes<T>;
         store(target, acc + (first ? load(sums + c * kLanes<T>) * constant : load(target)));
       });
-      void* target = static_cast<char*>(out) + ((sample * n_.heads + g) * n_.tokens + first) * n_.value_dim * io_.bytes;
-      io_.store_rows({target, n_.value_dim * io_.bytes, 1}, rows, n_.value_dim, out_, n_.value_row);
+      const int64_t row = n_.heads * n_.value_dim;
+      void* target = static_cast<char*>(out) + ((sample * n_.tokens + first) * row + g * n_.value_dim) * io_.bytes;
+      io_.store_rows({target, row * io_.bytes, 1}, rows, n_.value_dim, out_, n_.value_row);
     }
   }
 
@@ -154,6 +179,7 @@ class Tile {
   const Storage<T>& io_;
   const P& products_;
   const Mixing<T>& mixing_;
+  const int64_t head_size_;
   Buffer<T> queries_, maps_, mixed_, inverse_, out_;
 };
 

@@ -37,7 +37,7 @@ struct Attention {
 };
 
 struct Forward : Attention {
-  void* out;  // contiguous [B, H, N, D_v]
+  void* out;  // [B, H, N, D_v], in memory [B, N, H, D_v]
   double* lse;  // contiguous [B, H, N]
 };
 

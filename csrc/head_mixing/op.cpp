@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> re_attention(
   const int64_t heads = a.heads;
   Weights w{values_of(mix_weight, heads * heads, 0), values_of(mix_bias, heads, 0), values_of(norm_weight, heads, 1), values_of(norm_bias, heads, 0),
             values_of(mean, heads, 0), values_of(var, heads, 1), {}};
-  Tensor out = torch::stable::new_empty(q, {a.batch, heads, a.queries, a.value_dim});
+  Tensor out = token_major(q, a.value_dim);
   Tensor lse = torch::stable::new_empty(q, {a.batch, heads, a.queries}, ScalarType::Double);
   Tensor batch_mean = torch::stable::new_empty(mix_weight, {live ? heads : 0}), batch_var = torch::stable::new_empty(mix_weight, {live ? heads : 0});
   a.lse = static_cast<double*>(lse.data_ptr()), a.out = out.data_ptr();

@@ -42,6 +42,9 @@ struct Sizes {
         rows(round_up(max_of<int64_t>(min_of(kTileBytes / max_of<int64_t>(heads * map_row * static_cast<int64_t>(sizeof(T)), 1), min_of(kMostRows, tokens)), 1), kBlockRows)) {}
 
   int64_t tiles() const { return ceil_div(tokens, rows); }
+  // What the maps of one head, `count` rows, take of a tile's. The mix reads and writes one place of all heads at a time: were they a multiple of 4096 bytes apart,
+  // as 32 rows of 224 are, they would all fall into one set of the L1 cache.
+  int64_t head_size(int64_t count) const { return count * map_row + kPanel<T>; }
 };
 
 // The products of a tile in the arithmetic type: of rows of q or dO with all rows of k or v (`left` with `panels`), and of mixed maps with v.
@@ -91,7 +94,7 @@ struct Pairs {
   int64_t left_row(int64_t dim) const { return round_up(ceil_div(dim, 2), kFloatLanes); }
   int64_t panels_size(int64_t dim) const { return n.map_row * ceil_div(dim, 2); }
   int64_t values_size() const { return ceil_div(n.tokens, 2) * round_up(n.value_row, kPanel<float>); }
-  int64_t mixed_size() const { return n.heads * n.rows * n.map_row / 2; }
+  int64_t mixed_size() const { return n.heads * n.head_size(n.rows) / 2; }
 
   void pack_left(const HeadRows& from, int64_t rows, int64_t dim, float* left) const {
     load_pairs(io, from, rows, dim, true, [](float*, int64_t) {}, left, left_row(dim));

@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "host/assignment.h"
 #include "host/packing.h"
+#include "host/watch.h"
 
 namespace py = pybind11;
 namespace host = vitkernels::host;
@@ -142,6 +143,21 @@ py::tuple pairs_of(const Array<int64_t>& matches, const std::vector<int64_t>& of
   return py::make_tuple(query, target, counts);
 }
 
+bool unchanged(const py::tuple& tables, const py::tuple& contents, const py::tuple& empty, const py::tuple& modules, const py::tuple& classes,
+               const py::tuple& own, const py::tuple& owners, const py::tuple& names, const py::tuple& values) {
+  if (modules.size() != classes.size() || owners.size() != names.size() || owners.size() != values.size()) throw py::value_error("tuples of different lengths");
+  const int answer = host::unchanged(
+      {tables.ptr(), contents.ptr(), empty.ptr(), modules.ptr(), classes.ptr(), own.ptr(), owners.ptr(), names.ptr(), values.ptr()});
+  if (answer < 0) throw py::error_already_set();
+  return answer == 1;
+}
+
+py::bytes marks(const py::tuple& tensors, const py::object& version, const py::object& address, const py::tuple& plain) {
+  PyObject* bytes = host::marks(tensors.ptr(), version.ptr(), address.ptr(), plain.ptr());
+  if (bytes == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -159,5 +175,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("assign_all", &assign_all<double>, py::arg().noconvert(), py::arg(), py::arg());
   m.def("pairs_of", &pairs_of, py::arg().noconvert(), py::arg(),
         "Matches [B, Q], the first target of each image: matched queries, their targets counted from their image's first, and how many of each image.");
+  m.def("unchanged", &unchanged, "Whether modules are what they were; the arguments are those of vitkernels.nn._derived._unchanged.");
+  m.def("marks", &marks, "Tensors, Tensor._version, Tensor.data_ptr, the classes that have no others: the version and the address of each tensor, in bytes.");
   m.def("best_fit_decreasing", &pack<&host::best_fit_decreasing>, "The same, from the longest, each into the fullest bin with room.");
 }

@@ -29,7 +29,7 @@ _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "varlen_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "packed_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "factorized_position_embedding": lambda sample: torch.empty(sample.args[0].shape).stride(),
-    "re_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
+    "re_attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "memory_attention": lambda sample: _token_major(sample.args[0], sample.args[2]),
     "patch_attention": lambda sample: torch.empty_like(sample.args[2]).stride(),

@@ -83,7 +83,7 @@ class Attention(_tokenwise.Inner):
     ) -> Tensor:
         """Attention of what :func:`split` gives: tokens again, or a map, in the shape that came in."""
         if patch is not None:
-            return _as_tokens(ops.patch_attention(q, k, v, patch=patch, num_heads=self._vk_heads(self), scale=scale), patch)
+            return as_tokens(ops.patch_attention(q, k, v, patch=patch, num_heads=self._vk_heads(self), scale=scale), patch)
         out = ops.attention(q, k, v, bias=bias, key_padding=key_padding, scale=scale, dropout_p=dropout)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).flatten(2)
@@ -106,7 +106,7 @@ def patch_of(x: Tensor) -> Patch:
 def split(x: Tensor, heads: int, count: int = 1) -> tuple[Tensor, ...]:
     """A projection's ``count`` parts, all of them views: tokens [B, N, count H D] as [B, H, N, D] each, a map as [B, H D, H', W'] each."""
     if x.dim() == _MAP_DIMS:
-        return _as_map(x).chunk(count, dim=1) if count > 1 else (_as_map(x),)
+        return as_map(x).chunk(count, dim=1) if count > 1 else (as_map(x),)
     batch, tokens, _ = x.shape
     return x.reshape(batch, tokens, count, heads, x.shape[2] // (count * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -114,16 +114,21 @@ def split(x: Tensor, heads: int, count: int = 1) -> tuple[Tensor, ...]:
 _MAP_DIMS = 6
 
 
-def _as_tokens(x: Tensor, patch: tuple[int, int]) -> Tensor:
+def as_tokens(x: Tensor, patch: tuple[int, int]) -> Tensor:
     """[B, C, H, W] as [B, H/ph, ph, W/pw, pw, C]: no copy of a channels-last map."""
     (batch, channels, height, width), (ph, pw) = x.shape, patch
     return x.permute(0, 2, 3, 1).contiguous().view(batch, height // ph, ph, width // pw, pw, channels)
 
 
-def _as_map(x: Tensor) -> Tensor:
+def as_map(x: Tensor) -> Tensor:
     """The inverse, always a view."""
     batch, rows, ph, columns, pw, channels = x.shape
     return x.view(batch, rows * ph, columns * pw, channels).permute(0, 3, 1, 2)
+
+
+def norm_heads(norm: Callable[[Tensor], Tensor], x: Tensor, heads: int) -> Tensor:
+    """A norm over each head's channels, of a map [B, H D, H', W']."""
+    return norm(x.unflatten(1, (heads, -1)).movedim(2, -1)).movedim(-1, 2).flatten(1, 2)
 
 
 class MapBlock(Fused):
@@ -172,11 +177,11 @@ def on_map(x: Tensor, patch: tuple[int, int], *layers: Callable[[Tensor], Tensor
     size = (-(-height // ph) * ph, -(-width // pw) * pw)
     if size != (height, width):
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    tokens = _as_tokens(x, patch)
+    tokens = as_tokens(x, patch)
     for layer in layers:
         tokens = layer(tokens)
     # What comes out of a fold is contiguous, and the convolution after it expects no less.
-    x = _as_map(tokens).contiguous()
+    x = as_map(tokens).contiguous()
     if size != (height, width):
         x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
     return x

@@ -16,7 +16,7 @@ from vitkernels import backends
 from vitkernels.integrations._fused import Fused, Role, fell_back, original_name
 from vitkernels.nn import _checks, _folded
 from vitkernels.nn._derived import Derived, gradient_wanted
-from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
+from vitkernels.nn._folded import Bottleneck, Layer, UnfitError, bottleneck, single
 from vitkernels.ops.bottleneck.op import NAME
 
 Run = Callable[[Tensor], Tensor | None]
@@ -30,10 +30,9 @@ class Plan(NamedTuple):
     bind: Callable[[torch.dtype], Run | str]
 
 
-class Folded(Fused):
-    """Base of what runs folded in evaluation and is the original otherwise."""
+class Evaluated(Fused):
+    """Base of what runs folded in evaluation, and otherwise as what it stands in front of."""
 
-    _vk_op: ClassVar[str] = NAME
     _vk_dims: ClassVar[range] = range(4, 5)
     """Of inputs that it takes."""
 
@@ -51,23 +50,12 @@ class Folded(Fused):
         """The attributes of ``module``, and those of layers below it that are no settings of PyTorch's own layers, that the plan reads."""
         return None
 
-    @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        reason = _plan_of(cls, module)
-        if isinstance(reason, str):
-            return reason
-        return "folding is for the CPU" if cls._vk_weight(module).is_cuda else None
-
-    @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.parameters())
-
-    @classmethod
-    def _vk_backend(cls, module: Any) -> str:
-        return "native" if _here(cls._vk_weight(module)) else "reference"
+    def _vk_left(self, reason: str) -> None:
+        """A call cannot run folded, for a reason that is worth reporting."""
+        fell_back(self, reason)
 
     def _vk_folded(self, x: Any) -> Tensor | None:
-        """The folded forward, or None where this call is the original's."""
+        """The folded forward, or None where this call is not for it."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
             return None
         if self.training:
@@ -83,19 +71,43 @@ class Folded(Fused):
         reason = _checks.why_not_tensor(x)
         if isinstance(plan, str):
             reason = reason or plan
+            if plan.endswith(_checks.HOOKED):
+                _plans.drop(self)  # nothing that is compared tells that the hook is gone
         elif reason is None:
             bind = plan.bind
             bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
             if not isinstance(bound, str):
                 return bound(x)
             reason = bound
-        fell_back(self, reason)
+        self._vk_left(reason)
         return None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The original's arguments and result."""
-        y = self._vk_folded(x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if y is None else y
+        alone = bool(args) and all(value is None or value is False for value in (*args[1:], *kwargs.values()))
+        y = self._vk_folded(args[0]) if alone else None
+        return super().forward(*args, **kwargs) if y is None else y
+
+
+class Folded(Evaluated):
+    """Base of what runs folded in evaluation and is the original otherwise."""
+
+    _vk_op: ClassVar[str] = NAME
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        reason = plan_of(cls, module)
+        if isinstance(reason, str):
+            return reason
+        return "folding is for the CPU" if cls._vk_weight(module).is_cuda else None
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.parameters())
+
+    @classmethod
+    def _vk_backend(cls, module: Any) -> str:
+        return "native" if _here(cls._vk_weight(module)) else "reference"
 
 
 def _here(x: Tensor) -> bool:
@@ -103,7 +115,8 @@ def _here(x: Tensor) -> bool:
     return x.device.type == "cpu" and backends.requested() in ("auto", "native") and backends.why_not(NAME, "native", x.device, x.dtype) is None
 
 
-def _plan_of(cls: type[Folded], module: Any) -> Plan | str:
+def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
+    """How ``module`` would run folded, or why it cannot."""
     for child in module.modules():
         if child is not module and _checks.hooked(child):
             return f"its {type(child).__name__} {_checks.HOOKED}"
@@ -114,13 +127,13 @@ def _plan_of(cls: type[Folded], module: Any) -> Plan | str:
 
 
 def _plan_now(module: Any) -> Plan | str:
-    plan = _plan_of(module, module)
+    plan = plan_of(module, module)
     if not isinstance(plan, str) and not module.training and any(child.training for child in module.modules()):
         return "some of its layers are in training mode"
     return plan
 
 
-_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training",))
+_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training", "eps", "num_groups"))
 
 
 # --- what the zoos' layers are -------------------------------------------------------------------------------------------------------
@@ -137,7 +150,12 @@ _ACTIVATIONS = {
 _CONV_LAYERS = frozenset(
     f"transformers.models.{name}ConvLayer" for name in ("mobilevit.modeling_mobilevit.MobileViT", "mobilevitv2.modeling_mobilevitv2.MobileViTV2")
 )
-_INACTIVE = frozenset({"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", "timm.layers.drop.DropPath"})
+_INACTIVE = frozenset(
+    {
+        *("torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", "timm.layers.drop.DropPath"),
+        "transformers.models.dinov2.modeling_dinov2.Dinov2DropPath",
+    }
+)
 """What changes nothing in evaluation."""
 
 
@@ -174,7 +192,12 @@ def plain(module: Any, kind: type[Module]) -> Module:
     return module
 
 
-def _batch_norm(module: Any) -> nn.BatchNorm2d:
+def batch_norm(module: Any) -> nn.BatchNorm2d:
+    """``module``, if it can be folded.
+
+    Raises:
+        UnfitError: it cannot.
+    """
     if module.weight is None or module.bias is None or module.running_mean is None or module.running_var is None or not module.track_running_stats:
         raise UnfitError("a BatchNorm has no weight or no running statistics")
     return module
@@ -189,12 +212,12 @@ def conv_layer(module: Any) -> Layer:
         if original_name(norm) != "timm.layers.norm_act.BatchNormAct2d":
             raise UnfitError(f"its norm is a {type(norm).__name__}")
         no_change(norm.drop)
-        return Layer(conv, _batch_norm(norm), activation=activation_of(norm.act))
+        return Layer(conv, batch_norm(norm), activation=activation_of(norm.act))
     if name in _CONV_LAYERS:
         norm = module.normalization
         if norm is not None and type(norm) is not nn.BatchNorm2d:
             raise UnfitError(f"its norm is a {type(norm).__name__}")
-        return Layer(plain(module.convolution, nn.Conv2d), None if norm is None else _batch_norm(norm), activation=activation_of(module.activation))
+        return Layer(plain(module.convolution, nn.Conv2d), None if norm is None else batch_norm(norm), activation=activation_of(module.activation))
     return Layer(plain(module, nn.Conv2d))
 
 
@@ -245,24 +268,12 @@ class Mlp(Folded):
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
-        norm = None
-        if original_name(module) == "timm.layers.mlp.Mlp":
-            first, activation, second = module.fc1, module.act, module.fc2
-            no_change(module.drop1, module.norm, module.drop2)
-        else:
-            layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
-            if len(layers) != 4:
-                raise UnfitError("it is not a LayerNorm, two linear layers and an activation")
-            norm, first, activation, second = layers
-            if len(plain(norm, nn.LayerNorm).normalized_shape) != 1:
-                raise UnfitError("its LayerNorm is over more than the channels")
-        expand, project = Layer(plain(first, nn.Linear), activation=activation_of(activation)), Layer(plain(second, nn.Linear))
-        whole = bottleneck(project, expand=expand, norm=norm)
+        whole = mlp_layers(module)
 
         def bind(dtype: torch.dtype) -> Run | str:
-            if (reason := _left_to_pytorch(dtype)) is not None:
+            if (reason := left_to_pytorch(dtype)) is not None:
                 return reason
-            run, channels = whole.bind(dtype), first.in_features
+            run, channels = whole.bind(dtype), whole.channels
 
             def on_tokens(x: Tensor) -> Tensor | None:
                 if x.shape[-1] != channels:
@@ -277,12 +288,54 @@ class Mlp(Folded):
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or _left_to_pytorch(cls._vk_weight(module).dtype)
+        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
 
 
-def _left_to_pytorch(dtype: torch.dtype) -> str | None:
-    """Why an MLP of this dtype is left to PyTorch: here products are made in float32, at half the speed of a CPU's own in bfloat16."""
-    return None if dtype is torch.float32 else f"an MLP in {dtype} is left to PyTorch"
+def left_to_pytorch(dtype: torch.dtype) -> str | None:
+    """Why linear layers of this dtype are left to PyTorch: here products are made in float32, at half the speed of a CPU's own in bfloat16."""
+    return None if dtype is torch.float32 else f"linear layers in {dtype} are left to PyTorch"
+
+
+def mlp_layers(module: Any, norm: Any = None, scale: Tensor | None = None) -> Bottleneck:
+    """The pass of a zoo's MLP: with ``norm`` in front, if it has none inside, and ``scale`` behind.
+
+    Raises:
+        UnfitError: it is another MLP.
+    """
+    if original_name(module) == "timm.layers.mlp.Mlp":
+        first, activation, second = module.fc1, module.act, module.fc2
+        no_change(module.drop1, module.norm, module.drop2)
+    elif original_name(module) in (f"{name}MLP" for name in TRANSFORMERS_VITS):
+        first, activation, second = module.fc1, module.activation_fn, module.fc2
+    elif original_name(module).startswith("vit_pytorch."):
+        layers = [layer for layer in plain(module.net, nn.Sequential) if type(layer) is not nn.Dropout]
+        if len(layers) != 4:
+            raise UnfitError("it is not a LayerNorm, two linear layers and an activation")
+        norm, first, activation, second = layers
+    else:
+        raise UnfitError(f"its MLP is a {type(module).__name__}")
+    expand, project = Layer(plain(first, nn.Linear), activation=activation_of(activation)), Layer(plain(second, nn.Linear), scale=scale)
+    return bottleneck(project, expand=expand, norm=None if norm is None else token_norm(norm))
+
+
+def token_norm(module: Any) -> nn.LayerNorm:
+    """A LayerNorm over the channels.
+
+    Raises:
+        UnfitError: it is another norm.
+    """
+    if original_name(module) not in _LAYER_NORMS:
+        raise UnfitError(f"its norm is a {type(module).__name__}")
+    if len(module.normalized_shape) != 1:
+        raise UnfitError("its LayerNorm is over more than the channels")
+    return module
+
+
+_LAYER_NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"})
+TRANSFORMERS_VITS = tuple(
+    f"transformers.models.{name}" for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2")
+)
+"""What the names of the classes of transformers' plain ViTs begin with."""
 
 
 TABLE: dict[str, type[Fused]] = {

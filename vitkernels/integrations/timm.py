@@ -115,7 +115,7 @@ class TimmDense(dense.Attention):
         if patch is None:
             q, k = self.q_norm(q), self.k_norm(k)
         elif not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
-            q, k = self._vk_norm_map(self.q_norm, q), self._vk_norm_map(self.k_norm, k)
+            q, k = dense.norm_heads(self.q_norm, q, self.num_heads), dense.norm_heads(self.k_norm, k, self.num_heads)
         # SDPA knows nothing of self.scale, and of the dropout its probability alone.
         fused = self.fused_attn
         drops = self.training if fused else self.attn_drop.training
@@ -123,10 +123,6 @@ class TimmDense(dense.Attention):
         y = self.norm(y)
         gate = self._modules.get("gate")
         return self.proj_drop(self.proj(y if gate is None else y * gate(x).sigmoid()))
-
-    def _vk_norm_map(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """A norm over each head of a map [B, H D, H', W']."""
-        return norm(x.unflatten(1, (self.num_heads, -1)).movedim(2, -1)).movedim(-1, 2).flatten(1, 2)
 
 
 class TimmMapBlock(dense.MapBlock):

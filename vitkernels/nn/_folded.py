@@ -18,6 +18,7 @@ from vitkernels.ops import _define
 from vitkernels.ops.bottleneck import op
 from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Affine, Depthwise, Norm
 from vitkernels.ops.chain import op as chain
+from vitkernels.ops.separable import layer as separable
 
 
 class UnfitError(Exception):
@@ -35,11 +36,17 @@ class Layer:
     module: nn.Conv2d | nn.Linear
     norm: nn.BatchNorm2d | None = None
     activation: str = "none"
+    scale: Tensor | None = None
+    """A factor of each output of a linear layer (LayerScale)."""
 
     def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the one affine map, in ``dtype``."""
         conv: Any = self.module  # a linear layer has no norm, and is read alike
-        return _conv_norm.folded(_conv_norm.Layer(conv, self.norm), dtype)
+        weight, bias = _conv_norm.folded(_conv_norm.Layer(conv, self.norm), dtype)
+        if self.scale is None:
+            return weight, bias
+        scale = self.scale.to(dtype)
+        return weight * scale[:, None], None if bias is None else bias * scale
 
     def affine(self, dtype: torch.dtype) -> Affine:
         """The weight as a matrix [out, in]."""
@@ -54,6 +61,11 @@ class Layer:
             return True
         plain = conv.padding in ((0, 0), "same", "valid") and conv.groups == 1
         return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and plain
+
+    @property
+    def channels(self) -> int:
+        """Of its input, where it is pointwise."""
+        return self.module.weight.shape[1]
 
     @property
     def depth(self) -> int:
@@ -80,13 +92,38 @@ class Layer:
         return self.square and isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """Linear layers of one input as one: their outputs one after another."""
+
+    layers: tuple[Layer, ...]
+    activation: str = "none"
+    pointwise: bool = True
+
+    @property
+    def channels(self) -> int:
+        """Of their input."""
+        return self.layers[0].channels
+
+    def affine(self, dtype: torch.dtype) -> Affine:
+        """All weights as one matrix [out, in]."""
+        found = [layer.affine(dtype) for layer in self.layers]
+        biases = [one.weight.new_zeros(one.weight.shape[0]) if one.bias is None else one.bias for one in found]
+        return Affine(torch.cat([one.weight for one in found]), torch.cat(biases))
+
+
 class Bottleneck(NamedTuple):
     """One call of the op: see :mod:`vitkernels.ops.bottleneck.op`."""
 
-    project: Layer
+    project: Layer | SideBySide
     expand: Layer | None = None
     depthwise: Layer | None = None
     norm: nn.LayerNorm | nn.GroupNorm | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of the input."""
+        return (self.expand or self.project).channels
 
     def bind(self, dtype: torch.dtype) -> Pass:
         """The pass with its weights packed for activations of ``dtype``."""
@@ -106,11 +143,14 @@ class Bottleneck(NamedTuple):
             depthwise=depthwise,
             activation=inner[0] if inner else "none",
             out_activation=self.project.activation,
+            activations=dtype,
         )
         return lambda x, residual=None: op.run(x, packed, residual)
 
 
-def bottleneck(project: Layer, *, expand: Layer | None = None, depthwise: Layer | None = None, norm: nn.Module | None = None) -> Bottleneck:
+def bottleneck(
+    project: Layer | SideBySide, *, expand: Layer | None = None, depthwise: Layer | None = None, norm: nn.Module | None = None
+) -> Bottleneck:
     """The pass these layers make.
 
     Raises:
@@ -126,6 +166,21 @@ def bottleneck(project: Layer, *, expand: Layer | None = None, depthwise: Layer 
     if norm is not None and not isinstance(norm, nn.LayerNorm) and not (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1):
         raise UnfitError(f"a {type(norm).__name__} stands in front")
     return Bottleneck(project, expand, depthwise, norm)
+
+
+class SeparableAttention(NamedTuple):
+    """The attention of a MobileViTv2 layer with its norm and its sum: see :mod:`vitkernels.ops.separable.layer`."""
+
+    norm: nn.GroupNorm
+    qkv: Layer
+    out: Layer
+
+    def bind(self, dtype: torch.dtype) -> Callable[[Tensor, tuple[int, int]], Tensor]:
+        """The layer of a map and its patch, its weights packed for activations of ``dtype``."""
+        accumulation, norm = _define.accumulation_dtype(dtype), self.norm
+        of_norm = Norm("sample", norm.weight, norm.bias, norm.eps)
+        packed = separable.pack(self.qkv.affine(accumulation), self.out.affine(accumulation), of_norm, dtype)
+        return lambda x, patch: separable.run(x, packed, patch)
 
 
 class Dense(NamedTuple):

@@ -104,7 +104,7 @@ def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join(out: Tensor) -> Tensor:
-    """[B, H, N, D] to [B, N, H D], as a projection takes it: the one copy on the way."""
+    """[B, H, N, D] to [B, N, H D], as a projection takes it: no copy of what the ops return."""
     return out.transpose(1, 2).flatten(2)
 
 

@@ -121,6 +121,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def token_major(like: Tensor, width: int) -> Tensor:
+    """[B, H, N, width] for the heads of ``like``, in memory [B, N, H, width]: joining the heads is no copy."""
+    batch, heads, tokens, _ = like.shape
+    return like.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """``value`` in the autocast dtype, by the rule of ``F.linear``: floating tensors other than float64 are cast, the rest pass."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64):

@@ -216,16 +216,10 @@ def _check_padding(op: str, key_padding: Tensor, q: Tensor, k: Tensor) -> None:
 # --- vitkernels::attention ------------------------------------------------------------------------------------------------------------
 
 
-def _token_major(like: Tensor, width: int) -> Tensor:
-    """[B, H, N, width], in memory [B, N, H, width]."""
-    batch, heads, tokens, _ = like.shape
-    return like.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must be 4-dimensional")
     torch._check(q.shape[3] == k.shape[3], lambda: f"q and k have head_dim {q.shape[3]} and {k.shape[3]}")
-    return _token_major(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
+    return _define.token_major(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
 
 
 def _backward_fake(
@@ -236,7 +230,7 @@ def _backward_fake(
     def grad(needed: bool, like: Tensor | None) -> Tensor:
         return like.new_empty(like.shape) if needed and like is not None else lse.new_empty((0,))
 
-    tokens = (_token_major(t, t.shape[3]) if needed else lse.new_empty((0,)) for t, needed in ((q, need_q), (k, need_k), (v, need_v)))
+    tokens = (_define.token_major(t, t.shape[3]) if needed else lse.new_empty((0,)) for t, needed in ((q, need_q), (k, need_k), (v, need_v)))
     return (*tokens, grad(need_bias, bias), grad(need_shared_k, shared_k), grad(need_shared_v, shared_v))
 
 

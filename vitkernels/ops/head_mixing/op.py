@@ -67,8 +67,8 @@ def re_attention(
     may be of any floating dtype and are used as they are. Logits, softmax, mix, norm and sums are in float32 (float64 for float64).
 
     Returns:
-        [B, H, N, D_v], contiguous, and with ``return_map`` the maps. Differentiable once in q, k, v and the weights and biases of mix and norm. Saved
-        for backward: the inputs, B H N numbers (the logsumexp of each row) and a few per head; no map is stored.
+        [B, H, N, D_v], in memory [B, N, H, D_v], and with ``return_map`` the maps. Differentiable once in q, k, v and the weights and biases of mix
+        and norm. Saved for backward: the inputs, B H N numbers (the logsumexp of each row) and a few per head; no map is stored.
 
     Raises:
         ValueError: a wrong shape, a mix of devices, a probability outside [0, 1], an unknown norm, one of two statistics, a norm's argument without
@@ -178,7 +178,7 @@ def _fake(
     batch, heads, tokens, _d = q.shape
     statistics = (heads if live else 0,)
     return (
-        q.new_empty((batch, heads, tokens, v.shape[3])),
+        _define.token_major(q, v.shape[3]),
         q.new_empty((batch, heads, tokens), dtype=torch.float64),
         mix_weight.new_empty(statistics),
         mix_weight.new_empty(statistics),

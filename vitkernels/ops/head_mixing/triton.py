@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitkernels.ops import _define
 from vitkernels.ops import _triton as shared
 from vitkernels.ops._triton import LOG2E, Tile, cast, dot, wide
 from vitkernels.ops.packed import reference as packed_reference
@@ -189,9 +190,11 @@ def _gram(b_y, b_x, b_products, PRECISION: tl.constexpr, INTERPRET: tl.constexpr
 
 
 @triton.jit
-def _store_rows(out, i_b, heads, tokens, o_h, m_h, o_r, m_r, o_d, m_d, value, D: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr):
-    """Write all heads' rows of [B, H, N, D] contiguous."""
-    o_out = (wide(o_h, WIDE) * (tokens * D))[:, None, None] + (wide(o_r, WIDE) * D)[None, :, None] + o_d[None, None, :]
+def _store_rows(
+    out, i_b, heads, tokens, stride_h, stride_r, o_h, m_h, o_r, m_r, o_d, m_d, value, D: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Write all heads' rows of [B, H, N, D], dense."""
+    o_out = (wide(o_h, WIDE) * stride_h)[:, None, None] + (wide(o_r, WIDE) * stride_r)[None, :, None] + o_d[None, None, :]
     m_out = m_h[:, None, None] & m_r[None, :, None] & m_d[None, None, :]
     tl.store(out + i_b * heads * tokens * D + o_out, cast(value, out.dtype.element_ty, INTERPRET), mask=m_out)
 
@@ -260,7 +263,7 @@ def re_attention_fwd_kernel(
     start,  # [H] fp64 or None: added to the mixed maps before a layer norm
     weight,  # [H] fp64 or None: of a layer norm
     added,  # [B, H, D_v] fp64 or None: added to every row of the output
-    out,  # [B, H, N, D_v], written
+    out,  # [B, H, N, D_v], in memory [B, N, H, D_v], written
     stride_qb,
     stride_qh,
     stride_qn,
@@ -323,7 +326,7 @@ def re_attention_fwd_kernel(
     if added is not None:
         o_added = o_h[:, None] * DV + o_c[None, :]
         b_out += tl.load(added + i_b * heads * DV + o_added, mask=m_h[:, None] & m_c[None, :], other=0.0).to(tl.float32)[:, None, :]
-    _store_rows(out, i_b, heads, tokens, o_h, m_h, o_m, m_m, o_c, m_c, b_out, DV, WIDE, INTERPRET)
+    _store_rows(out, i_b, heads, tokens, DV, heads * DV, o_h, m_h, o_m, m_m, o_c, m_c, b_out, DV, WIDE, INTERPRET)
 
 
 # --- backward ----------------------------------------------------------------------------------------------------------------------
@@ -573,7 +576,7 @@ def re_attention_bwd_query_kernel(
         b_k = _rows(k, o_h, m_h, o_n, m_n, o_c, D, BLOCK_K, stride_kh, stride_kn, WIDE)  # [HEADS, BLOCK_N, BLOCK_C]
         b_ds = _softmax_gradient(b_p, b_left, b_dp, b_delta, seed)
         b_dq = dot(cast(b_ds, b_k.dtype, INTERPRET), b_k, b_dq, PRECISION, INTERPRET)
-    _store_rows(grad_q, i_b, heads, tokens, o_h, m_h, o_m, m_m, o_c, m_c, b_dq * scale, D, WIDE, INTERPRET)
+    _store_rows(grad_q, i_b, heads, tokens, tokens * D, D, o_h, m_h, o_m, m_m, o_c, m_c, b_dq * scale, D, WIDE, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -676,13 +679,13 @@ def re_attention_bwd_key_kernel(
             b_q = _rows(q, o_h, m_h, o_m, m_m, o_c, D, BLOCK_K, stride_qh, stride_qn, WIDE)  # [HEADS, BLOCK_M, BLOCK_C]
             b_dk = dot(tl.permute(cast(b_ds, b_q.dtype, INTERPRET), (0, 2, 1)), b_q, b_dk, PRECISION, INTERPRET)
     if grad_k is not None:
-        _store_rows(grad_k, i_b, heads, tokens, o_h, m_h, o_n, m_n, o_c, o_c < D, b_dk * scale, D, WIDE, INTERPRET)
+        _store_rows(grad_k, i_b, heads, tokens, tokens * D, D, o_h, m_h, o_n, m_n, o_c, o_c < D, b_dk * scale, D, WIDE, INTERPRET)
     if grad_v is not None:
         if added is not None:
             m_added = m_h[:, None] & (o_c < DV)[None, :]
             b_added = tl.load(added + i_b * heads * DV + o_h[:, None] * DV + o_c[None, :], mask=m_added, other=0.0)
             b_dv += b_added.to(tl.float32)[:, None, :]
-        _store_rows(grad_v, i_b, heads, tokens, o_h, m_h, o_n, m_n, o_c, o_c < DV, b_dv, DV, WIDE, INTERPRET)
+        _store_rows(grad_v, i_b, heads, tokens, tokens * DV, DV, o_h, m_h, o_n, m_n, o_c, o_c < DV, b_dv, DV, WIDE, INTERPRET)
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------------------------
@@ -888,7 +891,7 @@ def re_attention(
     rows = _padded(step_of(q.dtype, q.shape[3], v.shape[3]), q, k, v)
     c = _Call.of(q, v, rows, norm, eps, scale, dropout_p)
     seed = seed if dropout_p > 0 else None
-    out = q.new_empty((c.batch, c.heads, c.tokens, c.value_dim))
+    out = _define.token_major(q, c.value_dim)
     lse = q.new_empty((c.batch, c.heads, c.tokens), dtype=torch.float64)
     with shared.on(q):
         tile = lse_tile(c.step)

@@ -1,0 +1,253 @@
+"""Transformer blocks in evaluation as a few native calls, and the original as soon as anything else is wanted."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitkernels
+from vitkernels import backends
+from vitkernels.accuracy import compare_tensors
+
+from .. import zoo
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(backends.why_not("inverted_bottleneck", "native", torch.device("cpu"), torch.float32) is not None, reason="no native kernels"),
+]
+DIM = 40
+
+
+def timm_block(**options: Any) -> nn.Module:
+    from timm.models.vision_transformer import Block
+
+    return Block(DIM, 5, mlp_ratio=2.5, **options)
+
+
+def vit_pytorch(kind: str, **options: Any) -> nn.Module:
+    module = importlib.import_module(f"vit_pytorch.{kind}")
+    return module.Transformer(**{"dim": DIM, "depth": 2, "heads": 3, "dim_head": 12, "mlp_dim": 50, **options})
+
+
+def transformers(name: str, **options: Any) -> nn.Module:
+    import transformers as package
+
+    config = getattr(package, f"{name}Config")(
+        **{"hidden_size": DIM, "num_attention_heads": 5, "intermediate_size": 50, "num_hidden_layers": 1, **options}
+    )
+    config._attn_implementation = "sdpa"
+    module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
+    return getattr(module, f"{name}Layer")(config)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: timm_block(qkv_bias=True),
+    "timm, all options": lambda: timm_block(qk_norm=True, scale_attn_norm=True, proj_bias=False, init_values=0.3, drop_path=0.2, attn_drop=0.1),
+    "vit": lambda: vit_pytorch("vit", dropout=0.1),
+    "simple_vit": lambda: vit_pytorch("simple_vit"),
+    "deepvit": lambda: vit_pytorch("deepvit"),
+    "ViT": lambda: transformers("ViT"),
+    "DeiT": lambda: transformers("DeiT", qkv_bias=False),
+    "Dinov2": lambda: transformers("Dinov2", drop_path_rate=0.2, layerscale_value=0.3),
+}
+
+
+TRANSFORMERS = ("ViT", "DeiT", "Dinov2")
+
+
+def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, vitkernels.Handle]:
+    torch.manual_seed(0)
+    original, accelerated, handle = zoo.pair(make(), torch.randn(2, 5, DIM))
+    return original.eval(), accelerated.eval(), handle
+
+
+def run(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(x, *args, **kwargs)
+
+
+def assert_right(model: nn.Module, original: nn.Module, x: Tensor) -> None:
+    found = compare_tensors("tokens", run(model, x), run(original, x), run(copy.deepcopy(original).double(), x.double()))
+    assert found.holds, found
+
+
+def calls_of(model: nn.Module, x: Tensor) -> list[str]:
+    """Every operation of a call that is no view."""
+    with torch.profiler.profile() as profile:
+        run(model, x)
+    views = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "unbind", "select", "flatten", "mT", "as_strided", "permute", "expand", "empty")
+    names = [event.key.partition("::")[2] for event in profile.key_averages() for _ in range(event.count)]
+    return sorted(name for name in names if name and not name.startswith(("_", *views)))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks(kind: str) -> None:
+    """Batches of any size, tokens in any arrangement; what comes out is contiguous."""
+    original, accelerated, handle = pair(BLOCKS[kind])
+    assert handle.replaced[0].path == "" and handle.replaced[0].op == "inverted_bottleneck" and not handle.skipped
+    inputs = [torch.randn(*shape, DIM) for shape in ((1, 1), (3, 17), (2, 70))]
+    inputs += [torch.randn(2, DIM, 9).mT, torch.randn(2, 9, 2 * DIM)[..., ::2], torch.randn(9, DIM).expand(3, 9, DIM)]
+    if kind not in TRANSFORMERS:  # whose views of no image fail
+        inputs.append(torch.randn(0, 5, DIM))
+    for x in inputs:
+        before = x.clone()
+        assert_right(accelerated, original, x)
+        assert run(accelerated, x).is_contiguous() and torch.equal(x, before)
+    assert not handle.fallbacks
+    for model in (original, accelerated):
+        with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape"):
+            run(model, torch.randn(2, 5, DIM + 1))
+
+
+def test_four_calls_and_no_copy() -> None:
+    _, accelerated, _ = pair(BLOCKS["timm"])
+    x = torch.randn(2, 17, DIM)
+    run(accelerated, x)
+    assert calls_of(accelerated, x) == ["attention", *["inverted_bottleneck"] * 3]
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm, all options", "deepvit", "Dinov2"])
+def test_blocks_follow_their_weights(kind: str) -> None:
+    """A step of training, writes in place, settings, load_state_dict, a change of dtype and back, a copy, and remove()."""
+    x = torch.randn(2, 9, DIM)
+    original, accelerated, handle = pair(BLOCKS[kind])
+    first = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+
+    def changed(change: Callable[[nn.Module], object]) -> None:
+        """Both are changed, and it shows."""
+        before = run(accelerated, x)
+        for model in (original, accelerated):
+            change(model)
+        assert_right(accelerated, original, x)
+        assert not torch.allclose(run(accelerated, x), before)
+
+    def step(model: nn.Module) -> None:
+        torch.manual_seed(1)
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the fused attention draws other masks
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.eval()
+
+    assert_right(accelerated, original, x)
+    changed(step)
+    for name, tensor in original.state_dict().items():
+        if name.endswith(("gamma", "lambda1", "norm2.weight", "q_norm.bias", "reattn_weights", "qkv.weight", "o_proj.bias")):
+            assert tensor.is_floating_point()
+            changed(lambda model, name=name: model.state_dict()[name].add_(0.1))
+    changed(lambda model: model.load_state_dict(first))
+    attention = next(name for name, module in original.named_modules() if "scale" in module.__dict__ or "scaling" in module.__dict__)
+    if getattr(original.get_submodule(attention), "fused_attn", None) is None:  # timm's SDPA does not read it
+        setting = "scaling" if kind == "Dinov2" else "scale"
+        changed(lambda model: setattr(model.get_submodule(attention), setting, 0.9))
+    assert_right(copy.deepcopy(accelerated), original, x)
+    assert_right(accelerated.bfloat16().float(), original.bfloat16().float(), x)
+    assert not handle.fallbacks
+    handle.remove()
+    assert type(accelerated) is type(original) and torch.equal(run(accelerated, x), run(original, x))
+
+
+@pytest.mark.parametrize("kind", ["timm, all options", "vit", "ViT"])
+def test_training_and_gradients_are_the_originals(kind: str) -> None:
+    """Through the replaced attention inside."""
+    original, accelerated, handle = pair(BLOCKS[kind])
+    x = torch.randn(2, 9, DIM)
+    zoo.assert_same(original, accelerated, x, training=False)
+    assert not handle.fallbacks and any(record.op == "attention" for record in handle.replaced)
+
+
+@pytest.mark.parametrize("kind", ["timm", "deepvit", "ViT"])
+def test_a_hook_inside_is_called(kind: str) -> None:
+    original, accelerated, handle = pair(BLOCKS[kind])
+    x, seen = torch.randn(2, 9, DIM), []
+    run(accelerated, x)
+    norm = next(module for module in accelerated.modules() if isinstance(module, nn.LayerNorm))
+    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert_right(accelerated, original, x)
+    assert len(seen) == 1 and "hook" in handle.fallbacks[""]
+    hook.remove()
+    before = len(seen)
+    assert_right(accelerated, original, x)
+    assert len(seen) == before
+
+
+def test_masks_are_the_originals() -> None:
+    original, accelerated, _ = pair(BLOCKS["timm"])
+    x, mask = torch.randn(2, 9, DIM), torch.rand(9, 9) > 0.3
+    mask.fill_diagonal_(True)
+    assert not torch.allclose(run(accelerated, x), run(accelerated, x, attn_mask=mask))
+    for given in ({"attn_mask": mask}, {"is_causal": True}, {"attn_mask": None, "is_causal": False}):
+        torch.testing.assert_close(run(accelerated, x, **given), run(original, x, **given))
+
+
+def test_autocast_is_the_originals() -> None:
+    original, accelerated, _ = pair(BLOCKS["vit"])
+    x = torch.randn(2, 9, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = run(accelerated, x), run(original, x)
+    assert ours.dtype is theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_keep_the_original(dtype: torch.dtype) -> None:
+    original, accelerated, handle = pair(BLOCKS["timm"])
+    x = torch.randn(2, 9, DIM, dtype=dtype)
+    found = compare_tensors("tokens", run(accelerated.to(dtype), x), run(original.to(dtype), x), run(copy.deepcopy(original).double(), x.double()))
+    assert found.holds and str(dtype) in handle.fallbacks[""]
+    assert str(dtype) in zoo.reasons(vitkernels.accelerate(copy.deepcopy(original)))[""]
+
+
+def other_blocks() -> dict[str, tuple[Callable[[], nn.Module], str]]:
+    from timm.layers import GluMlp, QuickGELU, RmsNorm
+
+    return {
+        "activation": (lambda: timm_block(act_layer=QuickGELU), "its activation is a QuickGELU"),
+        "mlp": (lambda: timm_block(mlp_layer=GluMlp), "its MLP is a GluMlp"),
+        "norm": (lambda: timm_block(norm_layer=RmsNorm), "its norm is a RmsNorm"),
+        "swiglu": (lambda: transformers("Dinov2", use_swiglu_ffn=True), "its MLP is a Dinov2SwiGLUFFN"),
+        "no projection": (lambda: vit_pytorch("vit", heads=1, dim_head=DIM), "a Identity stands where a plain Linear should"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["activation", "mlp", "norm", "swiglu", "no projection"])
+def test_another_block_is_left_alone(kind: str) -> None:
+    make, words = other_blocks()[kind]
+    original, accelerated, handle = pair(make)
+    assert zoo.reasons(handle)[""] == words
+    assert_right(accelerated, original, torch.randn(2, 9, DIM))
+
+
+def test_compile_and_export_see_the_original() -> None:
+    original, accelerated, _ = pair(BLOCKS["timm"])
+    x = torch.randn(2, 9, DIM)
+    exported = torch.export.export(accelerated, (x,))
+    assert not any("vitkernels" in str(node.target) for node in exported.graph.nodes)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(accelerated, fullgraph=True, backend="aot_eager")(x), original(x))
+
+
+def test_outputs_that_transformers_records() -> None:
+    """Hidden states come from hooks on the layers; attention maps from hooks inside, which have their say, and which SDPA does not give."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    small = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 50, "image_size": 32, "patch_size": 8}
+    original, accelerated, handle = zoo.pair(ViTModel(ViTConfig(**small)), zoo.photos(32))
+    original.eval(), accelerated.eval()
+    images = zoo.photos(32)
+    with torch.no_grad():
+        ours, theirs = (model(images, output_hidden_states=True).hidden_states for model in (accelerated, original))
+        exact = copy.deepcopy(original).double()(images.double(), output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 3 and not handle.fallbacks
+    for mine, eager, truth in zip(ours, theirs, exact, strict=True):
+        assert compare_tensors("hidden states", mine, eager, truth).holds
