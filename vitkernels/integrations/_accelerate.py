@@ -201,9 +201,19 @@ def accelerate(
         {} if dry_run else {paths[module]: module for module in planned},
         [record for record in in_order if not record.reason],
         [record for record in in_order if record.reason],
-        _unmatched(selection, candidates),
+        [*_unmatched(selection, candidates), *_when({records[module].op for module, mixin in planned.items() if mixin._vk_in_evaluation})],
         dry_run,
     )
+
+
+def _when(ops: set[str]) -> list[str]:
+    """What to know of those that work in evaluation alone."""
+    if not ops:
+        return []
+    names = " and ".join(sorted(ops))
+    return [
+        f"note: {names} run in evaluation without gradients; in training, under autocast, in torch.compile and torch.export the original layers do."
+    ]
 
 
 def _name(module: nn.Module) -> str:

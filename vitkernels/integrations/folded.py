@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 class Evaluated(Fused):
     """Base of what runs folded in evaluation, and otherwise as what it stands in front of."""
 
+    _vk_in_evaluation: ClassVar[bool] = True
     _vk_dims: ClassVar[range] = range(4, 5)
     """Of inputs that it takes."""
 
