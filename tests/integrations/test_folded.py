@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vitkernels
 from vitkernels import backends
 from vitkernels.accuracy import compare_tensors
+from vitkernels.ops.bottleneck.op import bfloat16_products
 
 from .. import zoo
 
@@ -266,7 +267,17 @@ def test_a_hook_inside_an_mlp_is_called() -> None:
     assert seen == [(2, 5, 50)] and "hook" in handle.fallbacks[""]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.skipif(not bfloat16_products(), reason="no bfloat16 products")
+def test_an_mlp_in_bfloat16() -> None:
+    x, original = torch.randn(2, 5, 24, dtype=torch.bfloat16), feed_forward("vit").bfloat16()
+    accelerated = copy.deepcopy(original)
+    handle = vitkernels.accelerate(accelerated)
+    assert len(handle.replaced) == 1
+    assert_right(accelerated, original, x)
+    assert not torch.equal(run(accelerated, x), run(original, x)) and not handle.fallbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64] if bfloat16_products() else [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_mlps_of_other_dtypes_are_pytorchs(dtype: torch.dtype) -> None:
     x, original = torch.randn(2, 5, 24, dtype=dtype), feed_forward("vit")
     accelerated = copy.deepcopy(original)
