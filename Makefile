@@ -78,13 +78,15 @@ test-rest: setup
 	@$(PYTEST) tests --ignore=tests/contract $(addprefix --ignore=,$(MODEL_TESTS))
 
 # test-contract runs the instruction set that is detected; what the contract says about kernels holds for the others, too, those this CPU can run.
+# avx512 and avx512_bf16 differ in bfloat16 alone.
+test-avx512 test-avx512_bf16: ALSO := and bfloat16
 OTHER_ISA = from vitkernels import host, native; print(native.cpu_isa() == '$*' != host.isa_report().detected)
 $(ISA_TESTS): test-%: setup
 	@export OMP_NUM_THREADS=1 VITKERNELS_CPU_ISA=$*; \
 	other=$$($(RUN) -c "$(OTHER_ISA)"); \
 	if [ "$$other" = True ]; then \
 	  echo "contract of the native backend on $*"; \
-	  $(PYTEST) tests/contract -m kernel -k native; \
+	  $(PYTEST) tests/contract -m kernel -k 'native $(ALSO)'; \
 	else \
 	  echo "contract of the native backend on $*: not run by itself (it is the detected one, or cannot run here)"; \
 	fi

@@ -77,9 +77,10 @@ def close(theirs: Any, ours: Any) -> None:
 def cases(batches: list[int], size: int) -> Iterator[tuple[int, Case]]:
     """With their batch."""
     loss_module = importlib.import_module("transformers.loss.loss_for_object_detection")
-    costs = torch.rand(20, QUERIES, generator=torch.Generator().manual_seed(0)).numpy()
-    solved = ("scipy alone, one problem of 20 x 100", lambda: [linear_sum_assignment(costs)], lambda: [ops.linear_sum_assignment(costs)], same_pairs)
-    yield 1, solved
+    for rows, columns in ((1, 1), (5, 5), (10, 10), (20, 20), (20, QUERIES)):
+        costs = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)).numpy()
+        what = f"scipy alone, one problem of {rows} x {columns}"
+        yield 1, (what, lambda: [linear_sum_assignment(costs)], lambda: [ops.linear_sum_assignment(costs)], same_pairs)  # noqa: B023
     original = detector(size)
     accelerated = copy.deepcopy(original)
     vitkernels.accelerate(accelerated)

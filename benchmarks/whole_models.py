@@ -9,31 +9,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import vitkernels
 from vitkernels import accuracy, report, timing
-from vitkernels.cli import _engines, _zoo
+from vitkernels.cli import _compare, _engines, _zoo
 
 MODELS = ("efficientvit_m0", "efficientvit_m4", "mobilevitv2_100", "mobilevit_s", "vit_pytorch:DeepViT", "vit_small_patch16_224")
-ORIGINAL, LAST, COMPILED, OURS = "original", "channels_last", "torch.compile", "accelerated"
+ORIGINAL, LAST, COMPILED, OURS = _compare.ORIGINAL, _compare.LAST, _compare.COMPILED, _compare.ACCELERATED
 CONTENDERS = (ORIGINAL, LAST, COMPILED, *_engines.ENGINES, OURS)
 COLUMNS = ("model", "batch", "dtype", *(f"{name} ms" for name in CONTENDERS), "best other", "times as fast p20", "p50", "p80", "rounds", "weak")
-
-
-def compiled(model: nn.Module, images: Any) -> Callable[[], Any]:
-    """Compiled with its weights taken for constants, as inductor's freezing does it for inference."""
-    import torch._inductor.config as inductor
-
-    with inductor.patch(freezing=True):
-        program = torch.compile(copy.deepcopy(model))
-        program(images)
-    return lambda: program(images)
 
 
 def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> dict[str, Any]:
@@ -52,7 +40,8 @@ def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: flo
         raise SystemExit(f"{name}, batch {batch}: the accelerated model breaks the accuracy rule, nothing is measured: {found}")
     calls = {ORIGINAL: lambda: original(images), LAST: lambda: last(last_images), OURS: lambda: accelerated(images)}
     if with_compiled:
-        calls[COMPILED] = compiled(original, images)
+        program = _compare.compiled_for_inference(original, images)
+        calls[COMPILED] = lambda: program(images)
     row: dict[str, Any] = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     if dtype is torch.float32:
         with _engines.engines(original, images) as (engines, notes):

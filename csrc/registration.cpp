@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("re_attention_backward", TORCH_BOX(&vitkernels::re_attention_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));
   m.impl("separable_attention_backward", TORCH_BOX(&vitkernels::separable_attention_backward));
+  m.impl("separable_layer", TORCH_BOX(&vitkernels::separable_layer));
   m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));
   m.impl("separable_self_attention_backward", TORCH_BOX(&vitkernels::separable_self_attention_backward));
   m.impl("varlen_attention", TORCH_BOX(&vitkernels::varlen_attention));

@@ -57,6 +57,7 @@ def why_not() -> str | None:
 def forget() -> None:
     """Look for the module again, after a build in this process."""
     _module.cache_clear()
+    assigner.cache_clear()
 
 
 def cpu_features() -> dict[str, bool]:
@@ -86,10 +87,17 @@ def packer(method: str) -> Callable[[Any, int, int], tuple[Any, int]] | None:
     return getattr(_module(), method, None)
 
 
+@functools.cache
 def assigner(name: str) -> Callable[..., Any] | None:
-    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix or ``assign_all`` of many.
+    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix (``assign_plain`` of
+    one that needs no care), ``assign_all`` of many, or ``pairs_of`` their matches.
 
-    They take contiguous float32 or float64 arrays; what else they take and return says ``csrc/host/module.cpp``.
+    They take contiguous arrays, of costs in float32 or float64; what else they take and return says ``csrc/host/module.cpp``.
     :func:`vitkernels.ops.linear_sum_assignment` is the function to call.
     """
+    return getattr(_module(), name, None)
+
+
+def watcher(name: str) -> Callable[..., Any] | None:
+    """The compiled ``unchanged`` or ``marks`` of :mod:`vitkernels.nn._derived`, ``None`` where the module is not built."""
     return getattr(_module(), name, None)

@@ -11,7 +11,12 @@ void forward_any(const Bottleneck& a) { VITKERNELS_FOR_DTYPE(forward) }
 }  // namespace
 
 const bottleneck::Kernels& bottleneck_kernels() {
-  static constexpr bottleneck::Kernels kernels = {forward_any};
+#if defined(__AVX512BF16__)
+  constexpr bool pairs = true;
+#else
+  constexpr bool pairs = false;
+#endif
+  static constexpr bottleneck::Kernels kernels = {forward_any, pairs};
   return kernels;
 }
 

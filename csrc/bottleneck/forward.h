@@ -16,6 +16,8 @@ using namespace bottleneck;
 
 // Tokens that go through the layers together: a panel of weights in the L1 cache is used for so many, and two buffers of them are in the L2 cache.
 constexpr int64_t kTokens = 64;
+// Outputs of the depthwise convolution that are summed together, in registers.
+constexpr int kDepthwisePixels = kBlockRows >= 8 ? 8 : 4;
 
 template <class T>
 inline Vec<T> activate(Vec<T> v, Activation activation) {
@@ -28,47 +30,101 @@ inline Vec<T> activate(Vec<T> v, Activation activation) {
   return v;
 }
 
-// body(row, first channel, acc + bias) over whole vectors: tokens [rows][depth] times panels.
-template <class T, class Body>
-void times_panels(int64_t rows, int64_t depth, int64_t channels, const T* a, int64_t a_row, const T* panels, const T* bias, const Body& body) {
-  const auto columns = [&]<int kVectors>(int64_t channel) {
-    const T* panel = panels + channel / kPanel * kPanel * depth + channel % kPanel;
-    Vec<T> start[kVectors];
-    for (int j = 0; j < kVectors; ++j) start[j] = load(bias + channel + j * kLanes<T>);
-    const auto block = [&]<int kRows>(int64_t row) {
-      Block<kRows, kVectors, T> acc;
-      sum_in_parts<kRows, kVectors, T>(depth, a + row * a_row, a_row, panel, kPanel, acc);
-      for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kVectors; ++j) body(row + i, channel + j * kLanes<T>, acc[i][j] + start[j]);
-      }
-    };
-    for_row_blocks(
-        rows, [&](int64_t row) { block.template operator()<kBlockRows>(row); }, [&](int64_t row) { block.template operator()<2>(row); },
-        [&](int64_t row) { block.template operator()<1>(row); });
+// count vectors, `stride` apart, in place.
+template <class T>
+void activate_pixels(T* values, int64_t count, int64_t stride, Activation activation) {
+  const auto each = [&](const auto& function) {
+    for (int64_t i = 0; i < count; ++i) store(values + i * stride, function(load(values + i * stride)));
   };
-  constexpr int64_t pair = 2 * kLanes<T>;
-  int64_t channel = 0;
-  for (; channel + kLanes<T> < channels; channel += pair) columns.template operator()<2>(channel);
-  if (channel < channels) columns.template operator()<1>(channel);
+  switch (activation) {
+    case Activation::kNone: return;
+    case Activation::kRelu: return each([](Vec<T> v) { return relu(v); });
+    case Activation::kSilu: return each([](Vec<T> v) { return silu<T>(v); });
+    case Activation::kGelu: return each([](Vec<T> v) { return gelu(v); });
+  }
 }
 
-template <class S>
+// body(row, first channel, acc + bias) over whole vectors: tokens [rows][depth] times panels, which are pairs where the tokens are bfloat16. Bodies hold copies:
+// what they held by reference would be read again after each store.
+template <class L, class T, class Body>
+void times_panels(int64_t rows, int64_t depth, int64_t channels, const L* a, int64_t a_row, const L* panels, const T* bias, const Body& body) {
+  using Right = std::conditional_t<std::is_same_v<L, BFloat16>, uint32_t, L>;
+  constexpr int64_t lanes = kLanes<T>, step = sizeof(Right) / sizeof(L);
+  for (int64_t first = 0; first < channels; first += kPanel, panels += kPanel * depth) {
+    const int64_t vectors = ceil_div(min_of(channels - first, kPanel), lanes);
+    gemm_in_parts(rows, depth / step, vectors, a, a_row, reinterpret_cast<const Right*>(panels), kPanel, [=](int64_t row, int64_t v, Vec<T> acc) {
+      const int64_t channel = first + v * lanes;
+      body(row, channel, acc + load(bias + channel));
+    });
+  }
+}
+
+// One vector of channels of a row of outputs. rows[kh] begins at the first tap, and pixels are kPanel apart.
+template <int kKernel, int kStride, class T>
+__attribute__((noinline)) void depthwise_row(
+    const T* const* rows, int64_t kernel, int64_t stride, const T* weight, int64_t weight_row, Vec<T> start, int64_t width, T* out, int64_t out_row) {
+  const auto pixels = [&]<int kCount>(int64_t column) __attribute__((always_inline)) {
+    Vec<T> acc[kCount];
+    for (int j = 0; j < kCount; ++j) acc[j] = start;
+    if constexpr (kKernel > 0) {
+      // Each pixel is read once for all the outputs that it is a tap of.
+#pragma GCC unroll 8
+      for (int kh = 0; kh < kKernel; ++kh) {
+        const T* source = rows[kh] + column * (kStride * kPanel);
+        Vec<T> factors[kKernel];
+#pragma GCC unroll 8
+        for (int kw = 0; kw < kKernel; ++kw) factors[kw] = load(weight + (kh * kKernel + kw) * weight_row);
+#pragma GCC unroll 32
+        for (int i = 0; i < (kCount - 1) * kStride + kKernel; ++i) {
+          const Vec<T> pixel = load(source + i * kPanel);
+#pragma GCC unroll 8
+          for (int kw = 0; kw < kKernel; ++kw) {
+            const int j = (i - kw) / kStride;
+            if (i >= kw && (i - kw) % kStride == 0 && j < kCount) acc[j] += factors[kw] * pixel;
+          }
+        }
+      }
+    } else {
+      for (int64_t kh = 0; kh < kernel; ++kh) {
+        for (int64_t kw = 0; kw < kernel; ++kw) {
+          const T* source = rows[kh] + (column * stride + kw) * kPanel;
+          const Vec<T> factor = load(weight + (kh * kernel + kw) * weight_row);
+          for (int j = 0; j < kCount; ++j) acc[j] += factor * load(source + j * stride * kPanel);
+        }
+      }
+    }
+    for (int j = 0; j < kCount; ++j) store(out + (column + j) * out_row, acc[j]);
+  };
+  // The last pixels are done together with some that were done before, to the same values.
+  int64_t column = 0;
+  for (; column + kDepthwisePixels <= width; column += kDepthwisePixels) pixels.template operator()<kDepthwisePixels>(column);
+  if (column == width) return;
+  if (width >= kDepthwisePixels && width - column > kDepthwisePixels / 2) return pixels.template operator()<kDepthwisePixels>(width - kDepthwisePixels);
+  constexpr int half = kDepthwisePixels / 2;
+  for (; column + half <= width; column += half) pixels.template operator()<half>(column);
+  if (column == width) return;
+  if (width >= half) return pixels.template operator()<half>(width - half);
+  for (; column < width; ++column) pixels.template operator()<1>(column);
+}
+
+// Left: what the products' left operands are held as, T or, for weights in pairs, bfloat16.
+template <class S, class Left = Arith<S>>
 struct Forward {
   using T = Arith<S>;
-  static constexpr int64_t lanes = kLanes<T>;
+  static constexpr int64_t lanes = kLanes<T>, line = kVectorBytes / static_cast<int64_t>(sizeof(Left));
 
   explicit Forward(const Bottleneck& arguments)
       : a(arguments),
         x(static_cast<const S*>(a.x)),
         residual(static_cast<const S*>(a.residual)),
         y(static_cast<S*>(a.y)),
-        hidden_stride(round_up(a.hidden, lanes)),
+        hidden_stride((ceil_div(a.hidden, line) | 1) * line),
         moments(a.norm == Norm::kSample ? a.batch * 2 : 0) {}
 
   const Bottleneck& a;
   const S *x, *residual;
   S* y;
-  const int64_t hidden_stride;
+  const int64_t hidden_stride;  // an odd number of cache lines: the rows of a block would else fall into few sets of the L1 cache
   Buffer<T> moments;  // mean and 1 / standard deviation of each sample
 
   // Mean of a token, and the sum of the squared distances from it.
@@ -115,19 +171,23 @@ struct Forward {
     }
   }
 
-  // Tokens [first, first + count) of all samples in the arithmetic type, normalised: their own memory where there is nothing to do, else `buffer`.
-  const T* input(int64_t first, int64_t count, T* buffer) const {
-    if constexpr (std::is_same_v<S, T>) {
+  // Whether input() fills its buffer.
+  bool copies() const { return a.norm != Norm::kNone || !std::is_same_v<S, Left>; }
+
+  // Tokens [first, first + count) of all samples as left operands, normalised: their own memory where there is nothing to do, else `buffer`.
+  const Left* input(int64_t first, int64_t count, Left* buffer) const {
+    if constexpr (std::is_same_v<S, Left>) {
       if (a.norm == Norm::kNone) return x + first * a.in;
-    }
-    if (a.norm == Norm::kNone) {
-      upcast(x + first * a.in, count * a.in, buffer);
-      return buffer;
+    } else {
+      if (a.norm == Norm::kNone) {
+        upcast(x + first * a.in, count * a.in, buffer);
+        return buffer;
+      }
     }
     const T *weight = static_cast<const T*>(a.norm_weight), *bias = static_cast<const T*>(a.norm_bias);
     for (int64_t t = 0; t < count; ++t) {
       const S* token = x + (first + t) * a.in;
-      T* out = buffer + t * a.in;
+      Left* out = buffer + t * a.in;
       T mean, inverse;
       if (a.norm == Norm::kToken) {
         const auto [m, squares] = token_moments(token);
@@ -149,117 +209,135 @@ struct Forward {
   }
 
   // Tokens [first, first + count) of the output from their hidden values.
-  void project(const T* values, int64_t stride, int64_t first, int64_t count) const {
-    const auto finish = [&](int64_t row, int64_t channel, Vec<T> v) {
-      v = activate<T>(v, a.out_activation);
-      const int64_t offset = (first + row) * a.out + channel, n = a.out - channel;
+  void project(const Left* values, int64_t stride, int64_t first, int64_t count) const {
+    const int64_t channels = a.out;
+    S* out = y + first * channels;
+    const S* added = residual ? residual + first * channels : nullptr;
+    const auto finish = [channels, out, added, activation = a.out_activation](int64_t row, int64_t channel, Vec<T> v) {
+      v = activate<T>(v, activation);
+      const int64_t offset = row * channels + channel, n = channels - channel;
       if (n >= lanes) {
-        store(y + offset, residual ? v + load(residual + offset) : v);
+        store(out + offset, added ? v + load(added + offset) : v);
       } else {
-        store_partial(y + offset, residual ? v + load_partial(residual + offset, n) : v, n);
+        store_partial(out + offset, added ? v + load_partial(added + offset, n) : v, n);
       }
     };
-    times_panels<T>(count, a.hidden, a.out, values, stride, static_cast<const T*>(a.project_weight), static_cast<const T*>(a.project_bias), finish);
+    times_panels(count, a.hidden, a.out, values, stride, static_cast<const Left*>(a.project_weight), static_cast<const T*>(a.project_bias), finish);
   }
 
-  // Without a depthwise convolution every token goes its own way.
+  // The position in its patch of a sample's token.
+  int64_t group_of(int64_t token) const { return token / a.width % a.patch_height * a.patch_width + token % a.width % a.patch_width; }
+  const T* gate_of(int64_t token) const {
+    const int64_t tokens = a.height * a.width;
+    return static_cast<const T*>(a.gate) + (token / tokens * a.patch_height * a.patch_width + group_of(token % tokens)) * round_up(a.hidden, lanes);
+  }
+
+  // Without a depthwise convolution every token goes its own way. Each worker and each tile has three of them or more, if there are as many: then a token's result
+  // does not depend on how they are shared out.
   void run_tokens() const {
-    const int64_t tokens = a.batch * a.height * a.width;
-    const int64_t blocks = ceil_div(tokens, kBlockRows), workers = min_of(num_threads(), blocks);
+    const int64_t tokens = a.batch * a.height * a.width, workers = min_of(num_threads(), max_of<int64_t>(tokens / 3, 1));
     parallel(workers, [&](int64_t worker) {
-      const Range own = share(blocks, worker, workers);
-      const int64_t begin = own.begin * kBlockRows, end = min_of(own.end * kBlockRows, tokens);
-      const int64_t tile = round_up(ceil_div(end - begin, ceil_div(end - begin, kTokens)), kBlockRows);  // as many tokens in each
-      Buffer<T> normed(tile * a.in), hidden(a.expand_weight ? tile * hidden_stride : 0);
-      for (int64_t first = begin; first < end; first += tile) {
-        const int64_t count = min_of(tile, end - first);
-        const T* values = input(first, count, normed);
+      const Range own = share(tokens, worker, workers);
+      const int64_t count = own.end - own.begin, tiles = ceil_div(count, kTokens), most = ceil_div(count, max_of<int64_t>(tiles, 1));
+      Buffer<Left> normed(copies() ? most * a.in : 0), hidden(a.expand_weight ? most * hidden_stride : 0);
+      Buffer<const T*> gates(a.gate ? most : 0);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Range tile = share(count, i, tiles);
+        const int64_t first = own.begin + tile.begin, rows = tile.end - tile.begin;
+        const Left* values = input(first, rows, normed);
         if (!a.expand_weight) {
-          project(values, a.in, first, count);
+          project(values, a.in, first, rows);
           continue;
         }
-        const auto keep = [&](int64_t row, int64_t channel, Vec<T> v) { store(hidden + row * hidden_stride + channel, activate<T>(v, a.activation)); };
-        times_panels<T>(count, a.in, a.hidden, values, a.in, static_cast<const T*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
-        project(hidden, hidden_stride, first, count);
+        for (int64_t t = 0; a.gate && t < rows; ++t) gates[t] = gate_of(first + t);
+        const auto keep = [out = hidden.get(), stride = hidden_stride, activation = a.activation, gate = a.gate ? gates.get() : nullptr](int64_t row, int64_t channel, Vec<T> v) {
+          v = activate<T>(v, activation);
+          store(out + row * stride + channel, gate ? v * load(gate[row] + channel) : v);
+        };
+        times_panels(rows, a.in, a.hidden, values, a.in, static_cast<const Left*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
+        project(hidden, hidden_stride, first, rows);
       }
     });
   }
 
-  // Rows of the hidden map of one image, as many as the depthwise convolution sees at a time: row r lies at slot r % slots, between columns of zeros.
+  // Rows of the hidden map of one image, as many as the depthwise convolution sees at a time: row r lies at slot r % slots, between columns of zeros. The channels
+  // are in panels, so that a panel's few rows, just made, are still in the L1 cache when they are convolved.
   struct Rows {
     T* data;
-    int64_t slots, slot_size, stride, padding;
-    T* row(int64_t r) const { return data + (r + slots) % slots * slot_size; }
-    T* pixel(int64_t r, int64_t column) const { return row(r) + (column + padding) * stride; }
+    int64_t slots, slot_size, padding;
+    T* row(int64_t panel, int64_t r) const { return data + (panel * slots + (r + slots) % slots) * slot_size; }
+    T* pixel(int64_t panel, int64_t r, int64_t column) const { return row(panel, r) + (column + padding) * kPanel; }
+    int64_t panel_size() const { return slots * slot_size; }
   };
 
-  // Rows [begin, end) of the hidden map; those outside of it are zeros, as the convolution pads.
-  void expand(int64_t image, int64_t begin, int64_t end, const Rows& rows, T* buffer, T** places) const {
+  int64_t panels() const { return ceil_div(a.hidden, kPanel); }
+
+  // Rows [begin, end) of one panel of the hidden map, from their tokens; those outside of it are zeros, as the convolution pads.
+  void expand(int64_t panel, int64_t begin, int64_t end, const Rows& rows, const T* values, T* const* places) const {
     for (int64_t r = begin; r < end; ++r) {
-      if (r < 0 || r >= a.height) std::memset(rows.row(r), 0, static_cast<size_t>(rows.slot_size) * sizeof(T));
+      if (r < 0 || r >= a.height) std::memset(rows.row(panel, r), 0, static_cast<size_t>(rows.slot_size) * sizeof(T));
     }
-    begin = max_of<int64_t>(begin, 0), end = min_of(end, a.height);
-    const int64_t tokens = (end - begin) * a.width, first = (image * a.height + begin) * a.width;
-    for (int64_t start = 0; start < tokens; start += kTokens) {
-      const int64_t count = min_of(kTokens, tokens - start);
-      const T* values = input(first + start, count, buffer);
-      for (int64_t t = 0; t < count; ++t) places[t] = rows.pixel(begin + (start + t) / a.width, (start + t) % a.width);
-      if (a.expand_weight) {
-        const auto keep = [&](int64_t row, int64_t channel, Vec<T> v) { store(places[row] + channel, activate<T>(v, a.activation)); };
-        times_panels<T>(count, a.in, a.hidden, values, a.in, static_cast<const T*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
-      } else {
-        for (int64_t t = 0; t < count; ++t) std::memcpy(places[t], values + t * a.in, static_cast<size_t>(a.in) * sizeof(T));
-      }
+    const int64_t tokens = (min_of(end, a.height) - max_of<int64_t>(begin, 0)) * a.width, first = panel * kPanel, channels = min_of(kPanel, a.hidden - first);
+    const int64_t offset = panel * rows.panel_size();
+    if (tokens <= 0) return;
+    if (a.expand_weight) {
+      const T *weight = static_cast<const T*>(a.expand_weight) + first * a.in, *bias = static_cast<const T*>(a.expand_bias) + first;
+      const auto keep = [places, offset, activation = a.activation](int64_t row, int64_t channel, Vec<T> v) {
+        store(places[row] + offset + channel, activate<T>(v, activation));
+      };
+      times_panels(tokens, a.in, channels, values, a.in, weight, bias, keep);
+    } else {
+      for (int64_t t = 0; t < tokens; ++t) std::memcpy(places[t] + offset, values + t * a.in + first, static_cast<size_t>(channels) * sizeof(T));
     }
   }
 
-  // One row of the depthwise convolution, [out_width][hidden_stride]: eight pixels at a time, for which each weight is read once.
-  void depthwise(int64_t out_row, const Rows& rows, T* out) const {
-    const T *weight = static_cast<const T*>(a.depthwise_weight), *bias = static_cast<const T*>(a.depthwise_bias);
-    const int64_t weight_stride = round_up(a.hidden, kPanel), step = a.stride * hidden_stride;
-    const auto pixels = [&]<int kCount>(int64_t channel, int64_t column) {
-      Vec<T> acc[kCount];
-      const Vec<T> start = load(bias + channel);
-      for (int j = 0; j < kCount; ++j) acc[j] = start;
-      for (int64_t kh = 0; kh < a.kernel; ++kh) {
-        const T* source = rows.row(out_row * a.stride - a.padding + kh) + column * step + channel;
-        const T* w = weight + kh * a.kernel * weight_stride + channel;
-        for (int64_t kw = 0; kw < a.kernel; ++kw, source += hidden_stride, w += weight_stride) {
-          const Vec<T> factor = load(w);
-#pragma GCC unroll 8
-          for (int j = 0; j < kCount; ++j) acc[j] += factor * load(source + j * step);
-        }
-      }
-      for (int j = 0; j < kCount; ++j) store(out + (column + j) * hidden_stride + channel, activate<T>(acc[j], a.activation));
-    };
-    for (int64_t channel = 0; channel < a.hidden; channel += lanes) {
-      int64_t column = 0;
-      for (; column + 8 <= a.out_width; column += 8) pixels.template operator()<8>(channel, column);
-      for (; column + 2 <= a.out_width; column += 2) pixels.template operator()<2>(channel, column);
-      for (; column < a.out_width; ++column) pixels.template operator()<1>(channel, column);
+  // One row of one panel of the depthwise convolution, at its channels of out [out_width][hidden_stride].
+  void depthwise(int64_t panel, int64_t out_row, const Rows& rows, const T** taps, T* out) const {
+    const int64_t weight_row = round_up(a.hidden, kPanel);
+    const auto run = [&]() {
+      if (a.kernel == 3 && a.stride == 1) return depthwise_row<3, 1, T>;
+      if (a.kernel == 3 && a.stride == 2) return depthwise_row<3, 2, T>;
+      if (a.kernel == 5 && a.stride == 1) return depthwise_row<5, 1, T>;
+      if (a.kernel == 5 && a.stride == 2) return depthwise_row<5, 2, T>;
+      return depthwise_row<0, 0, T>;
+    }();
+    for (int64_t channel = panel * kPanel; channel < min_of((panel + 1) * kPanel, a.hidden); channel += lanes) {
+      for (int64_t kh = 0; kh < a.kernel; ++kh) taps[kh] = rows.row(panel, out_row * a.stride - a.padding + kh) + channel % kPanel;
+      const Vec<T> start = load(static_cast<const T*>(a.depthwise_bias) + channel);
+      run(taps, a.kernel, a.stride, static_cast<const T*>(a.depthwise_weight) + channel, weight_row, start, a.out_width, out + channel, hidden_stride);
+      activate_pixels(out + channel, a.out_width, hidden_stride, a.activation);
     }
   }
 
   void run_rows() const {
     const int64_t total = a.batch * a.out_height, workers = min_of(num_threads(), total);
-    const int64_t step = min_of(max_of<int64_t>(1, kTokens / 2 / a.out_width), a.out_height);  // output rows at a time
+    const int64_t step = min_of(max_of<int64_t>(1, kTokens / a.out_width), a.out_height);  // output rows at a time
     const int64_t slots = (step - 1) * a.stride + a.kernel;
     parallel(workers, [&](int64_t worker) {
       const Range part = share(total, worker, workers);
-      const int64_t slot_size = (a.width + 2 * a.padding) * hidden_stride;
-      Buffer<T> memory(slots * slot_size), convolved(step * a.out_width * hidden_stride), buffer(kTokens * a.in);
-      Buffer<T*> places(kTokens);
-      const Rows rows{memory, slots, slot_size, hidden_stride, a.padding};
-      std::memset(memory, 0, static_cast<size_t>(slots * slot_size) * sizeof(T));  // the columns beside the map, once for all
+      const int64_t slot_size = (a.width + 2 * a.padding) * kPanel;
+      Buffer<T> memory(panels() * slots * slot_size), convolved(step * a.out_width * hidden_stride), buffer(copies() ? slots * a.width * a.in : 0);
+      Buffer<T*> places(slots * a.width);
+      Buffer<const T*> taps(a.kernel);
+      const Rows rows{memory, slots, slot_size, a.padding};
+      for (int64_t row = 0; row < panels() * slots; ++row) {  // the columns beside the map, once for all
+        std::memset(memory + row * slot_size, 0, static_cast<size_t>(a.padding * kPanel) * sizeof(T));
+        std::memset(memory + (row + 1) * slot_size - a.padding * kPanel, 0, static_cast<size_t>(a.padding * kPanel) * sizeof(T));
+      }
       for (int64_t row = part.begin; row < part.end;) {
         const int64_t image = row / a.out_height, offset = image * a.out_height, last = min_of(part.end, offset + a.out_height);
         int64_t ready = (row - offset) * a.stride - a.padding;  // rows of the hidden map before this one are there
         for (; row < last; row += step) {
           const int64_t here = row - offset, count = min_of(step, last - row);
-          const int64_t needed = (here + count - 1) * a.stride - a.padding + a.kernel;
-          expand(image, max_of(ready, here * a.stride - a.padding), needed, rows, buffer, places);
-          ready = needed;
-          for (int64_t i = 0; i < count; ++i) depthwise(here + i, rows, convolved + i * a.out_width * hidden_stride);
+          const int64_t begin = max_of(ready, here * a.stride - a.padding), end = (here + count - 1) * a.stride - a.padding + a.kernel;
+          const int64_t from = max_of<int64_t>(begin, 0), tokens = max_of<int64_t>(min_of(end, a.height) - from, 0) * a.width;
+          const T* values = input((image * a.height + from) * a.width, tokens, buffer);
+          for (int64_t t = 0; t < tokens; ++t) places[t] = rows.pixel(0, from + t / a.width, t % a.width);
+          for (int64_t panel = 0; panel < panels(); ++panel) {
+            expand(panel, begin, end, rows, values, places);
+            for (int64_t i = 0; i < count; ++i) depthwise(panel, here + i, rows, taps, convolved + i * a.out_width * hidden_stride);
+          }
+          ready = end;
           project(convolved, hidden_stride, row * a.out_width, count * a.out_width);
         }
         row = last;
@@ -270,6 +348,15 @@ struct Forward {
 
 template <class S>
 void forward(const Bottleneck& a) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (a.pairs) {
+      Forward<S, BFloat16> run(a);
+      if (a.norm == Norm::kSample) run.find_sample_moments();
+      return run.run_tokens();
+    }
+  }
+#endif
   Forward<S> run(a);
   if (a.norm == Norm::kSample) run.find_sample_moments();
   if (a.depthwise_weight) {

@@ -29,11 +29,19 @@ struct Bottleneck {
   const void *project_weight, *project_bias;  // panels of depth hidden
   Activation activation, out_activation;      // behind the expansion and the depthwise convolution; behind the projection
   const void* residual;                       // like y; null: none
+  // Without a depthwise convolution: factors of the activated hidden values, of the arithmetic type, [batch][patch_height * patch_width][hidden in whole vectors],
+  // one row for each position of a pixel in its patch; null: none.
+  const void* gate;
+  int64_t patch_height, patch_width;
   void* y;
+  // Whether the weights, but not the biases, are bfloat16, as pairs: [panels][depth / 2][kPanel][2], of even depths. Only for bfloat16 without a depthwise
+  // convolution, and with kernels that say so.
+  bool pairs;
 };
 
 struct Kernels {
   void (*forward)(const Bottleneck&);
+  bool pairs;  // bfloat16 products of pairs are there
 };
 
 }  // namespace vitkernels::bottleneck

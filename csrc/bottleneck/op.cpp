@@ -11,7 +11,10 @@ const bottleneck::Kernels& kernels() {
   return table;
 }
 
-// Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
+}  // namespace
+
+namespace bottleneck {
+
 bool channels_last(const Tensor& t) {
   const int64_t dense[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int64_t d = 0; d < 4; ++d) {
@@ -20,25 +23,28 @@ bool channels_last(const Tensor& t) {
   return true;
 }
 
-// Panels [panels][depth][kPanel] for so many output channels, with their bias.
-const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType type, const char* name) {
+const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name) {
   const int64_t panels = (channels + bottleneck::kPanel - 1) / bottleneck::kPanel;
   STD_TORCH_CHECK(
       weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == depth && weight.size(2) == bottleneck::kPanel && weight.is_contiguous() &&
-          weight.scalar_type() == type && bias.numel() == panels * bottleneck::kPanel && bias.is_contiguous() && bias.scalar_type() == type,
-      "vitkernels::inverted_bottleneck: ", name, " must be contiguous panels [", panels, ", ", depth, ", ", bottleneck::kPanel,
-      "] of the accumulation dtype with a bias of as many channels");
+          weight.scalar_type() == weights && bias.numel() == panels * bottleneck::kPanel && bias.is_contiguous() && bias.scalar_type() == type,
+      "vitkernels: ", name, " must be contiguous panels [", panels, ", ", depth, ", ", bottleneck::kPanel,
+      "] of the accumulation dtype, or all in bfloat16, with a bias of as many channels");
   return weight.data_ptr();
 }
 
 const void* checked_norm(const std::optional<Tensor>& tensor, int64_t channels, ScalarType type) {
   STD_TORCH_CHECK(
       !tensor || (tensor->numel() == channels && tensor->is_contiguous() && tensor->scalar_type() == type),
-      "vitkernels::inverted_bottleneck: the norm's weight and bias must be contiguous, one number a channel of x, of the accumulation dtype");
+      "vitkernels: the norm's weight and bias must be contiguous, one number a channel of x, of the accumulation dtype");
   return data_of(tensor);
 }
 
-}  // namespace
+bool takes_pairs() { return kernels().pairs; }
+
+}  // namespace bottleneck
+
+using bottleneck::channels_last, bottleneck::checked_norm, bottleneck::checked_panels;
 
 Tensor inverted_bottleneck(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& expand_weight,
@@ -55,12 +61,18 @@ Tensor inverted_bottleneck(
   a.batch = x.size(0), a.in = x.size(1), a.height = x.size(2), a.width = x.size(3);
   STD_TORCH_CHECK(project_weight.dim() == 3, "vitkernels::inverted_bottleneck: project_weight must be panels [panels, hidden, ", bottleneck::kPanel, "]");
   a.hidden = project_weight.size(1), a.out = out_channels;
+  a.pairs = a.dtype == Dtype::kBFloat16 && project_weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      !a.pairs || (kernels().pairs && !depthwise_weight && a.in % 2 == 0 && a.hidden % 2 == 0),
+      "vitkernels::inverted_bottleneck: bfloat16 weights need bfloat16 products (avx512_bf16), even numbers of channels, which are ", a.in, " and ", a.hidden,
+      ", and no depthwise convolution");
+  const ScalarType weights = a.pairs ? ScalarType::BFloat16 : type;
   a.x = x.data_ptr();
   a.norm = static_cast<bottleneck::Norm>(norm), a.eps = eps;
   a.norm_weight = checked_norm(norm_weight, a.in, type), a.norm_bias = checked_norm(norm_bias, a.in, type);
   STD_TORCH_CHECK(expand_weight.has_value() == expand_bias.has_value(), "vitkernels::inverted_bottleneck: an expansion needs a weight and a bias");
   if (expand_weight) {
-    a.expand_weight = checked_panels(*expand_weight, *expand_bias, a.in, a.hidden, type, "expand_weight"), a.expand_bias = expand_bias->data_ptr();
+    a.expand_weight = checked_panels(*expand_weight, *expand_bias, a.in, a.hidden, weights, type, "expand_weight"), a.expand_bias = expand_bias->data_ptr();
   } else {
     STD_TORCH_CHECK(a.hidden == a.in, "vitkernels::inverted_bottleneck: without an expansion project_weight must take the ", a.in, " channels of x");
   }
@@ -78,7 +90,7 @@ Tensor inverted_bottleneck(
     a.out_height = (a.height + 2 * padding - kernel) / stride + 1, a.out_width = (a.width + 2 * padding - kernel) / stride + 1;
     a.depthwise_weight = depthwise_weight->data_ptr(), a.depthwise_bias = depthwise_bias->data_ptr();
   }
-  a.project_weight = checked_panels(project_weight, project_bias, a.hidden, a.out, type, "project_weight"), a.project_bias = project_bias.data_ptr();
+  a.project_weight = checked_panels(project_weight, project_bias, a.hidden, a.out, weights, type, "project_weight"), a.project_bias = project_bias.data_ptr();
   a.activation = static_cast<bottleneck::Activation>(activation), a.out_activation = static_cast<bottleneck::Activation>(out_activation);
   if (residual) {
     check_same(*residual, x, "residual");

@@ -6,6 +6,22 @@
 
 namespace vitkernels {
 
+namespace bottleneck {
+
+// Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
+bool channels_last(const Tensor& t);
+
+// The data of panels [panels][depth][kPanel] of `weights` for so many output channels, which come with their bias of `type`.
+const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name);
+
+// Whether the kernels in use multiply weights in pairs (Bottleneck::pairs).
+bool takes_pairs();
+
+// The data of a norm's weight or bias, if it has one.
+const void* checked_norm(const std::optional<Tensor>& tensor, int64_t channels, ScalarType type);
+
+}  // namespace bottleneck
+
 Tensor inverted_bottleneck(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& expand_weight,
     const std::optional<Tensor>& expand_bias, const std::optional<Tensor>& depthwise_weight, const std::optional<Tensor>& depthwise_bias,

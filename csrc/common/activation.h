@@ -6,12 +6,11 @@
 namespace vitkernels {
 namespace VITKERNELS_ISA {
 
-// v / (1 + e^-v).
+// v / (1 + e^-v). Where v is so small that e^-v would overflow, the quotient is as good as 0 beside any other value.
 template <class T>
 inline Vec<T> silu(Vec<T> v) {
-  // e^-|v| is at most 1: one exponential without overflow serves both signs.
-  const Vec<T> e = exp_nonpositive(v < 0 ? v : -v);
-  return v * (v < 0 ? e : broadcast(T(1))) / (e + T(1));
+  constexpr T least = std::is_same_v<T, float> ? -80 : -700;
+  return v / (exp_nonpositive(-max_vec(broadcast(least), v)) + T(1));
 }
 
 // v * Phi(v), exact (not the tanh approximation). With h = Phi(-|v|) = e^(-v^2 / 2) R(t), t = 1 / (1 + 0.3 |v|), nothing cancels in the tail, as it does in

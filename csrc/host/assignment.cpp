@@ -23,28 +23,37 @@ class Solver {
   // column_of()[i] is the column of row i of a problem that has no more rows than columns.
   template <class T>
   bool solve(const Costs<T>& costs) {
+    rows_ = costs.rows, columns_ = costs.columns;
+    if (rows_ == 0) return false;
+    make_room();
     const bool replaced = load(costs);
-    u_.assign(rows_, 0.0), v_.assign(columns_, 0.0);
-    row_of_.assign(columns_, -1), column_of_.assign(rows_, -1);
-    length_.resize(columns_), came_from_.resize(columns_), left_.resize(columns_), reached_columns_.resize(columns_), reached_rows_.resize(rows_);
     for (int64_t row = 0; row < rows_; ++row) {
       if (!take_nearest(row)) exchange(row);
     }
     return replaced;
   }
 
-  const std::vector<int64_t>& column_of() const { return column_of_; }
+  const int64_t* column_of() const { return column_of_; }
 
  private:
+  // Two blocks of memory for all there is: of a small problem the allocations would take longer than the rest.
+  void make_room() {
+    numbers_.resize(rows_ * columns_ + rows_ + 2 * columns_);
+    indices_.resize(2 * rows_ + 4 * columns_);
+    costs_ = numbers_.data(), u_ = costs_ + rows_ * columns_, v_ = u_ + rows_, length_ = v_ + columns_;
+    column_of_ = indices_.data(), row_of_ = column_of_ + rows_, reached_rows_ = row_of_ + columns_;
+    reached_columns_ = reached_rows_ + rows_, came_from_ = reached_columns_ + columns_, left_ = came_from_ + columns_;
+    std::fill(u_, length_, 0.0);
+    std::fill(column_of_, reached_rows_, int64_t{-1});
+  }
+
   // The costs in double, finite; true if some were not.
   template <class T>
   bool load(const Costs<T>& costs) {
-    rows_ = costs.rows, columns_ = costs.columns;
-    costs_.resize(rows_ * columns_);
     bool finite = true;
     for (int64_t i = 0; i < rows_; ++i) {
       const T* from = costs.data + i * costs.row_stride;
-      double* to = costs_.data() + i * columns_;
+      double* to = costs_ + i * columns_;
       for (int64_t j = 0; j < columns_; ++j) {
         to[j] = static_cast<double>(from[j * costs.column_stride]);
         finite &= std::fabs(to[j]) < kInfinity;
@@ -52,19 +61,19 @@ class Solver {
     }
     if (finite) return false;
     double largest = -kInfinity;
-    for (const double cost : costs_) {
-      if (std::isfinite(cost)) largest = std::max(largest, cost);
+    for (const double* cost = costs_; cost != u_; ++cost) {
+      if (std::isfinite(*cost)) largest = std::max(largest, *cost);
     }
     if (largest == -kInfinity) largest = 0;
-    for (double& cost : costs_) {
-      if (!std::isfinite(cost)) cost = largest;
+    for (double* cost = costs_; cost != u_; ++cost) {
+      if (!std::isfinite(*cost)) *cost = largest;
     }
     return true;
   }
 
   // The first step of exchange(): if the column nearest to a row is free it is the row's, and nothing needs to be remembered. False if it is not.
   bool take_nearest(int64_t row) {
-    const double *cost = costs_.data() + row * columns_, *price = v_.data();
+    const double *cost = costs_ + row * columns_, *price = v_;
     double lows[4] = {kInfinity, kInfinity, kInfinity, kInfinity};  // four chains of comparisons, which do not wait for each other
     int64_t j = 0;
     for (; j + 4 <= columns_; j += 4) {
@@ -85,13 +94,13 @@ class Solver {
   // Gives `current` a column by the cheapest path of exchanges among the rows that have theirs. There is one: a free column, whose price v is 0, is at a finite
   // distance from `current`, whose u is 0, even where other sums overflow.
   void exchange(int64_t current) {
-    std::fill(length_.begin(), length_.end(), kInfinity);
+    std::fill(length_, length_ + columns_, kInfinity);
     int64_t left = columns_, rows = 0, columns = 0, row = current, sink = -1;
     for (int64_t k = 0; k < left; ++k) left_[k] = left - 1 - k;
     double lowest = 0;
     while (sink < 0) {
       reached_rows_[rows++] = row;
-      const double* cost = costs_.data() + row * columns_;
+      const double* cost = costs_ + row * columns_;
       const double base = lowest, row_price = u_[row];
       int64_t nearest = 0;
       lowest = kInfinity;
@@ -120,8 +129,10 @@ class Solver {
   }
 
   int64_t rows_ = 0, columns_ = 0;
-  std::vector<double> costs_, u_, v_, length_;
-  std::vector<int64_t> row_of_, column_of_, came_from_, left_, reached_rows_, reached_columns_;
+  std::vector<double> numbers_;
+  std::vector<int64_t> indices_;
+  double *costs_ = nullptr, *u_ = nullptr, *v_ = nullptr, *length_ = nullptr;
+  int64_t *row_of_ = nullptr, *column_of_ = nullptr, *came_from_ = nullptr, *left_ = nullptr, *reached_rows_ = nullptr, *reached_columns_ = nullptr;
 };
 
 template <class T>
@@ -148,10 +159,10 @@ bool assign(const Costs<T>& costs, int64_t* row, int64_t* column) {
   Solver solver;
   const bool tall = costs.rows > costs.columns;
   const bool replaced = solver.solve(tall ? transposed(costs) : costs);
-  const std::vector<int64_t>& partner = solver.column_of();
+  const int64_t* partner = solver.column_of();
   if (!tall) {
     std::iota(row, row + costs.rows, int64_t{0});
-    std::copy(partner.begin(), partner.end(), column);
+    std::copy(partner, partner + costs.rows, column);
     return replaced;
   }
   std::iota(column, column + costs.columns, int64_t{0});
@@ -176,8 +187,8 @@ void assign_all(const T* costs, int64_t layers, int64_t queries, const int64_t* 
     const bool by_target = targets < queries;
     replaced[i] = solver.solve(by_target ? of_targets : transposed(of_targets));
     int64_t* match = matches + i * queries;
-    const std::vector<int64_t>& partner = solver.column_of();
-    for (int64_t k = 0; k < static_cast<int64_t>(partner.size()); ++k) by_target ? match[partner[k]] = first + k : match[k] = first + partner[k];
+    const int64_t* partner = solver.column_of();
+    for (int64_t k = 0; k < std::min(targets, queries); ++k) by_target ? match[partner[k]] = first + k : match[k] = first + partner[k];
   });
 }
 

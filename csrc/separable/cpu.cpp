@@ -7,6 +7,7 @@
 #include "separable/backward.h"
 #include "separable/core.h"
 #include "separable/forward.h"
+#include "separable/layer.h"
 
 namespace vitkernels {
 namespace VITKERNELS_ISA {
@@ -18,11 +19,12 @@ void core_forward_any(const CoreForward& a) { VITKERNELS_FOR_DTYPE(core_forward)
 void core_backward_any(const CoreBackward& a) { VITKERNELS_FOR_DTYPE(core_backward) }
 void self_forward_any(const SelfForward& a) { VITKERNELS_FOR_DTYPE(self_forward) }
 void self_backward_any(const SelfBackward& a) { VITKERNELS_FOR_DTYPE(self_backward) }
+void layer_forward_any(const Layer& a) { VITKERNELS_FOR_DTYPE(layer_forward) }
 
 }  // namespace
 
 const separable::Kernels& separable_kernels() {
-  static constexpr separable::Kernels kernels = {core_forward_any, core_backward_any, self_forward_any, self_backward_any};
+  static constexpr separable::Kernels kernels = {core_forward_any, core_backward_any, self_forward_any, self_backward_any, layer_forward_any};
   return kernels;
 }
 

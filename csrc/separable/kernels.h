@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bottleneck/kernels.h"
 #include "common/dtype.h"
 #include "common/map.h"
 
@@ -51,11 +52,19 @@ struct CoreBackward {
   void *grad_q, *grad_k, *grad_v;  // contiguous; null: not wanted
 };
 
+// The attention of a transformer layer with its norm and residual, in channels_last: values, gate and output projection are an inverted bottleneck with the norm of
+// samples in front, whose gate is the kernel's to make. The rest is of the arithmetic type, padded with zeros to whole panels.
+struct Layer : bottleneck::Bottleneck {
+  const void *query, *query_bias;     // [d], of the normalised input before its scale; [1]
+  const void *key_weight, *key_bias;  // panels of depth d
+};
+
 struct Kernels {
   void (*core_forward)(const CoreForward&);
   void (*core_backward)(const CoreBackward&);
   void (*self_forward)(const SelfForward&);
   void (*self_backward)(const SelfBackward&);
+  void (*layer_forward)(const Layer&);
 };
 
 }  // namespace vitkernels::separable

@@ -1,6 +1,7 @@
 // The separable ops' entry points: tensors to plain structs, outputs allocated, the kernel table of this CPU called.
 #include "separable/op.h"
 
+#include "bottleneck/op.h"
 #include "common/stable.h"
 #include "separable/kernels.h"
 
@@ -145,6 +146,44 @@ std::tuple<Tensor, Tensor, Tensor> separable_attention_backward(
   args.grad_v = need_v ? grad_v.data_ptr() : nullptr;
   kernels().core_backward(args);
   return {grad_q, grad_k, grad_v};
+}
+
+Tensor separable_layer(
+    const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& query_weight, const Tensor& query_bias,
+    const Tensor& key_weight, const Tensor& key_bias, const Tensor& value_weight, const Tensor& value_bias, const Tensor& out_weight, const Tensor& out_bias,
+    double eps, int64_t patch_h, int64_t patch_w) {
+  STD_TORCH_CHECK(x.dim() == 4 && bottleneck::channels_last(x), "vitkernels::separable_layer: x must be [B, d, H, W] in channels_last memory");
+  const int64_t batch = x.size(0), dim = x.size(1), height = x.size(2), width = x.size(3);
+  STD_TORCH_CHECK(
+      patch_h > 0 && patch_w > 0 && height % patch_h == 0 && width % patch_w == 0, "vitkernels::separable_layer: the patch size must divide the map");
+  const ScalarType type = accumulation_type(x);
+  const int64_t padded = (dim + bottleneck::kPanel - 1) / bottleneck::kPanel * bottleneck::kPanel;
+  STD_TORCH_CHECK(
+      query_weight.numel() == padded && query_weight.is_contiguous() && query_weight.scalar_type() == type && query_bias.numel() == 1 && query_bias.scalar_type() == type,
+      "vitkernels::separable_layer: query_weight must be contiguous [", padded, "] of the accumulation dtype, query_bias one number of it");
+  separable::Layer a{};
+  a.dtype = dtype_of(x);
+  a.batch = batch, a.height = a.out_height = height, a.width = a.out_width = width, a.in = a.hidden = a.out = dim;
+  a.patch_height = patch_h, a.patch_width = patch_w;
+  a.norm = bottleneck::Norm::kSample, a.eps = eps;
+  a.norm_weight = bottleneck::checked_norm(norm_weight, dim, type), a.norm_bias = bottleneck::checked_norm(norm_bias, dim, type);
+  a.query = query_weight.data_ptr(), a.query_bias = query_bias.data_ptr();
+  a.pairs = a.dtype == Dtype::kBFloat16 && out_weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      !a.pairs || (bottleneck::takes_pairs() && dim % 2 == 0),
+      "vitkernels::separable_layer: bfloat16 weights need bfloat16 products (avx512_bf16) and an even number of channels, which is ", dim);
+  const auto panels = [&](const Tensor& weight, const Tensor& bias, ScalarType weights, const char* name, const void*& weight_data, const void*& bias_data) {
+    weight_data = bottleneck::checked_panels(weight, bias, dim, dim, weights, type, name), bias_data = bias.data_ptr();
+  };
+  const ScalarType weights = a.pairs ? ScalarType::BFloat16 : type;
+  panels(key_weight, key_bias, type, "key_weight", a.key_weight, a.key_bias);
+  panels(value_weight, value_bias, weights, "value_weight", a.expand_weight, a.expand_bias);
+  panels(out_weight, out_bias, weights, "out_weight", a.project_weight, a.project_bias);
+  a.activation = bottleneck::Activation::kRelu;
+  Tensor y = empty_strided({batch, dim, height, width}, {height * width * dim, 1, width * dim, dim}, x.scalar_type());
+  a.x = a.residual = x.data_ptr(), a.y = y.data_ptr();
+  if (x.numel() != 0) kernels().layer_forward(a);
+  return y;
 }
 
 }  // namespace vitkernels

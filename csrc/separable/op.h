@@ -24,4 +24,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_self_attention_back
     const std::optional<Tensor>& score_scale, const Tensor& logits, const Tensor& stats, const Tensor& pooled, int64_t patch_h, int64_t patch_w, bool need_x,
     bool need_qkv, bool need_out);
 
+Tensor separable_layer(
+    const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& query_weight, const Tensor& query_bias,
+    const Tensor& key_weight, const Tensor& key_bias, const Tensor& value_weight, const Tensor& value_bias, const Tensor& out_weight, const Tensor& out_bias,
+    double eps, int64_t patch_h, int64_t patch_w);
+
 }  // namespace vitkernels

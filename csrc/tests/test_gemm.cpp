@@ -22,17 +22,22 @@ std::vector<T> random_values(int64_t count, unsigned long long seed) {
 
 // Any summation order of n products errs by at most n * eps * sum |a b| (Higham, Accuracy and Stability, eq. 3.5).
 template <class T>
-void check_product(int64_t rows, int64_t depth, int64_t vectors, bool transposed) {
+void check_product(int64_t rows, int64_t depth, int64_t vectors, bool transposed, bool in_parts = false) {
   const int64_t lanes = kLanes<T>, b_row = vectors * lanes + lanes;  // a panel wider than the product: the rest must not be read into it
   const std::vector<T> a = random_values<T>(rows * depth, 1), b = random_values<T>(depth * b_row, 2);
   const int64_t a_row = transposed ? 1 : depth, a_col = transposed ? rows : 1;
   std::vector<double> got(static_cast<size_t>(rows * vectors * lanes), NAN);
   std::vector<int> written(static_cast<size_t>(rows * vectors), 0);
-  gemm(rows, depth, vectors, a.data(), a_row, a_col, b.data(), b_row, [&](int64_t row, int64_t vector, Vec<T> acc) {
+  const auto epilogue = [&](int64_t row, int64_t vector, Vec<T> acc) {
     CHECK(row >= 0 && row < rows && vector >= 0 && vector < vectors, "epilogue at (%ld, %ld)", long(row), long(vector));
     ++written[row * vectors + vector];
     for (int64_t lane = 0; lane < lanes; ++lane) got[(row * vectors + vector) * lanes + lane] = acc[lane];
-  });
+  };
+  if (in_parts) {
+    gemm_in_parts(rows, depth, vectors, a.data(), a_row, b.data(), b_row, epilogue);
+  } else {
+    gemm(rows, depth, vectors, a.data(), a_row, a_col, b.data(), b_row, epilogue);
+  }
   for (const int count : written) CHECK(count == 1, "the epilogue ran %d times for one tile", count);
   const double eps = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
   for (int64_t row = 0; row < rows; ++row) {
@@ -50,8 +55,27 @@ void check_product(int64_t rows, int64_t depth, int64_t vectors, bool transposed
   }
 }
 
+// From three rows on, a row's sums are the same bits whatever the number of rows: the tokens of a batch may be shared out in any way.
+template <class T>
+void check_same_whatever_rows(int64_t depth) {
+  constexpr int64_t most = 2 * kStripRows + 5, vectors = 3;
+  const int64_t columns = vectors * kLanes<T>;
+  const std::vector<T> a = random_values<T>(most * depth, 5), b = random_values<T>(depth * columns, 6);
+  const auto product = [&](int64_t first, int64_t rows) {
+    std::vector<T> out(static_cast<size_t>(rows * columns));
+    const auto keep = [&](int64_t row, int64_t v, Vec<T> acc) { store(out.data() + row * columns + v * kLanes<T>, acc); };
+    gemm_in_parts(rows, depth, vectors, a.data() + first * depth, depth, b.data(), columns, keep);
+    return out;
+  };
+  const std::vector<T> all = product(0, most);
+  for (int64_t rows = 3; rows < most; ++rows) {
+    const std::vector<T> some = product(most - rows, rows);
+    CHECK(std::memcmp(some.data(), all.data() + (most - rows) * columns, some.size() * sizeof(T)) == 0, "the last %ld rows of %ld differ", long(rows), long(most));
+  }
+}
+
 #if defined(__AVX512BF16__)
-void check_product_bf16(int64_t rows, int64_t pairs, int64_t vectors) {
+void check_product_bf16(int64_t rows, int64_t pairs, int64_t vectors, bool in_parts = false) {
   const int64_t lanes = kFloatLanes, depth = 2 * pairs, columns = vectors * lanes;
   const std::vector<float> a_values = random_values<float>(rows * depth, 3), b_values = random_values<float>(depth * columns, 4);
   std::vector<BFloat16> a(a_values.size());
@@ -65,9 +89,14 @@ void check_product_bf16(int64_t rows, int64_t pairs, int64_t vectors) {
     }
   }
   std::vector<float> got(static_cast<size_t>(rows * columns), NAN);
-  gemm_bf16(rows, pairs, vectors, a.data(), depth, b.data(), columns, [&](int64_t row, int64_t vector, Vec<float> acc) {
+  const auto epilogue = [&](int64_t row, int64_t vector, Vec<float> acc) {
     for (int64_t lane = 0; lane < lanes; ++lane) got[row * columns + vector * lanes + lane] = acc[lane];
-  });
+  };
+  if (in_parts) {
+    gemm_in_parts(rows, pairs, vectors, a.data(), depth, b.data(), columns, epilogue);
+  } else {
+    gemm_bf16(rows, pairs, vectors, a.data(), depth, b.data(), columns, epilogue);
+  }
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t n = 0; n < columns; ++n) {
       double want = 0, magnitude = 0;
@@ -100,7 +129,21 @@ void run() {
       }
     }
   }
-  check_product<float>(3, 0, 2, false);  // an empty sum is zero, and is written
+  // One part and several, one strip of rows and several.
+  for (const int64_t rows : {int64_t{1}, int64_t{2}, int64_t{5}, int64_t{10}, kStripRows, kStripRows + 1, 2 * kStripRows + 3}) {
+    for (const int64_t depth : {int64_t{7}, kChain, kChain + 1, 2 * kChain + 65}) {
+      for (const int64_t vectors : {1, 2, 3}) {
+        check_product<float>(rows, depth, vectors, false, true);
+        check_product<double>(rows, depth, vectors, false, true);
+#if defined(__AVX512BF16__)
+        check_product_bf16(rows, depth, vectors, true);
+#endif
+      }
+    }
+  }
+  check_same_whatever_rows<float>(2 * kChain + 3);
+  check_same_whatever_rows<double>(kChain - 1);
+  for (const bool in_parts : {false, true}) check_product<float>(3, 0, 2, false, in_parts);  // an empty sum is zero, and is written
 }
 
 }  // namespace

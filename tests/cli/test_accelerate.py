@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import vitkernels as package
 from vitkernels import timing
 from vitkernels.cli import _compare, _zoo, demo
 
-SMALL = ("--size", 64, "--repeats", 2, "--threads", 1, "--no-peers")
+SMALL = ("--size", 64, "--repeats", 2, "--threads", 1, "--no-peers", "--no-compile")
 MODEL = ("accelerate", "mobilevitv2_050", *SMALL)
 
 
@@ -45,7 +46,7 @@ def test_a_transformers_model(report: Callable[..., Any]) -> None:
 
 
 def test_a_detector(report: Callable[..., Any]) -> None:
-    found = report("accelerate", "detr", "--size", 64, "--repeats", 1, "--no-peers", "--train")
+    found = report("accelerate", "detr", "--size", 64, "--repeats", 1, "--no-peers", "--no-compile", "--train")
     assert {r["op"] for r in found["replaced"]} == {"attention", "detection_set_loss"} and len(found["replaced"]) == 1 + 2 + 6 + 2 * 6
     assert found["accuracy_rule_holds"]
 
@@ -174,7 +175,7 @@ def test_photos_of_a_navit_keep_their_shapes(report: Callable[..., Any], monkeyp
     assert len(set(sizes)) == 7 and all(c == 3 and height % 16 == 0 and width % 16 == 0 and max(height, width) <= 384 for c, height, width in sizes)
     monkeypatch.setattr(_zoo, "_photo_paths", list)
     assert len({noise.shape for noise in _zoo.images(model, 4)[0]}) > 1
-    found = report("accelerate", "vit_pytorch:NaViT", "--size", 64, "--batch", 3, "--train", "--repeats", 2, "--threads", 1)
+    found = report("accelerate", "vit_pytorch:NaViT", "--size", 64, "--batch", 3, "--train", "--repeats", 2, "--threads", 1, "--no-compile")
     assert found["accuracy_rule_holds"] and len(found["replaced"]) == 8
 
 
@@ -184,7 +185,7 @@ def test_the_deepvit_is_the_papers_of_16_blocks(report: Callable[..., Any]) -> N
     attention, feed_forward = layers[0]
     assert model.size == 224 and len(layers) == 16 and attention.heads == 12 and model.module.pos_embedding.shape == (1, 197, 384)
     assert attention.to_qkv.weight.shape == (3 * 12 * 32, 384) and feed_forward.net[1].out_features == 1152
-    found = report("accelerate", "vit_pytorch:DeepViT", "--size", 64, "--batch", 2, "--train", "--repeats", 2, "--threads", 1)
+    found = report("accelerate", "vit_pytorch:DeepViT", "--size", 64, "--batch", 2, "--train", "--repeats", 2, "--threads", 1, "--no-compile")
     assert found["accuracy_rule_holds"]
     paths = [record["path"] for record in found["replaced"] if record["op"] == "re_attention"]
     assert paths == [f"transformer.layers.{i}.0" for i in range(16)]
@@ -197,6 +198,16 @@ def test_an_image_is_cut_and_normalised_as_the_model_wants(tmp_path: Path) -> No
     assert pixels.shape == (1, 3, 16, 16)
     torch.testing.assert_close(pixels.amax((0, 2, 3)), torch.tensor([1.0, -0.5, 2.0]))
     torch.testing.assert_close(pixels.amin((0, 2, 3)), torch.tensor([1.0, -0.5, 2.0]))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_torch_compile_takes_part_with_its_weights_frozen() -> None:
+    module, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval(), torch.randn(4, 8)
+    program = _compare.compiled_for_inference(module, x)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), module(x))
+        program._orig_mod[0].weight.zero_()
+        torch.testing.assert_close(program(x), module(x))
 
 
 def test_torch_compile_that_fails_is_a_note(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitkernels.integrations import _accelerate, blocks, folded
+from vitkernels.integrations import _accelerate, blocks, folded, mobilevit, timm, transformers, vit_pytorch
 
 
 @pytest.fixture
@@ -12,3 +12,5 @@ def attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models whose convolutions, MLPs and transformer blocks are left alone, for tests of what is done to their attention."""
     for name in (*folded.TABLE, *blocks.TABLE):
         monkeypatch.delitem(_accelerate._TABLE, name)
+    for name in mobilevit.TABLE:
+        monkeypatch.setitem(_accelerate._TABLE, name, {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE}[name])

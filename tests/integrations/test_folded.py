@@ -152,7 +152,8 @@ def test_several_threads_at_once(images: Tensor) -> None:
 
 
 def test_export_and_compile_see_the_original(images: Tensor) -> None:
-    original, accelerated, _ = zoo.pair(timm_v2(), images)
+    original, accelerated, handle = zoo.pair(timm_v2(), images)
+    assert any("torch.export the original layers do" in note for note in handle.notes)
     exported = torch.export.export(accelerated.eval(), (images,))
     assert not any("vitkernels" in str(node.target) for node in exported.graph.nodes)
     assert_right(exported.module(), original.eval(), images)

@@ -30,6 +30,10 @@ CASES: dict[str, tuple[int, ...]] = {
     "one pixel": (1, 5, 9, 3, 1, 1, 3, 1, 1),
     "mlp": (2, 40, 130, 40, 5, 29, 0, 1, 0),
     "projection": (3, 300, 0, 31, 4, 5, 0, 1, 0),
+    "odd mlp": (1, 21, 67, 21, 1, 67, 0, 1, 0),
+    "more tokens than a tile": (1, 136, 264, 48, 1, 131, 0, 1, 0),
+    "kernel 5, stride 2": (1, 6, 40, 8, 12, 27, 5, 2, 2),
+    "kernel 3, a map of 13 columns": (1, 6, 72, 8, 5, 13, 3, 1, 1),
     "empty batch": (0, 4, 8, 4, 3, 3, 3, 1, 1),
 }
 
@@ -63,7 +67,7 @@ def check(case: tuple[int, ...], dtype: torch.dtype, with_residual: bool, **opti
     eager = inverted_bottleneck(x, **arguments)
     residual = torch.randn(eager.shape).to(dtype) if with_residual else None
     exact = inverted_bottleneck(x.double(), **{name: exactly(value) for name, value in arguments.items()}, residual=exactly(residual))
-    found = op.run(x, op.pack(**arguments), residual)
+    found = op.run(x, op.pack(**arguments, activations=dtype), residual)
     assert found.shape == exact.shape and found.dtype is dtype and found.is_contiguous(memory_format=torch.channels_last)
     if dtype is torch.float64:  # where eager is the truth itself: sums in another order
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-13 * float(exact.abs().max()) if exact.numel() else 0)
@@ -90,6 +94,35 @@ def test_activations(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["mlp", "projection", "inverted residual"])
 def test_norms(name: str, over: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype, True, norm=over, activation="gelu")
+
+
+@pytest.mark.skipif(not op.bfloat16_products(), reason="no bfloat16 products")
+def test_only_exact_bfloat16_weights_are_packed_in_bfloat16() -> None:
+    _, arguments = layers(CASES["mlp"], torch.bfloat16)
+    packed = op.pack(**arguments, activations=torch.bfloat16)
+    assert {packed.tensors[2].dtype, packed.tensors[6].dtype} == {torch.bfloat16}
+    inexact = arguments | {"expand": Affine(arguments["expand"].weight.float() * 1.001)}
+    for other in (op.pack(**inexact, activations=torch.bfloat16), op.pack(**arguments)):
+        assert {other.tensors[2].dtype, other.tensors[6].dtype} == {torch.float32}
+    x = torch.randn(1, 40, 1, 9)
+    with pytest.raises(RuntimeError, match="accumulation dtype"):
+        op.run(x, packed)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_is_the_same_alone_and_in_a_crowd(dtype: torch.dtype, threads: int) -> None:
+    """However many tokens there are and threads that share them, from three on."""
+    x, arguments = layers(CASES["more tokens than a tile"], dtype, norm="token", activation="gelu")
+    packed = op.pack(**arguments, activations=dtype)
+    alone = torch.cat([op.run(part, packed) for part in x[..., :129].split(3, dim=-1)], dim=-1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for tokens in (129, 67, 17, 11):
+            assert torch.equal(op.run(x[..., :tokens], packed)[..., : tokens // 3 * 3], alone[..., : tokens // 3 * 3])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_long_sum() -> None:

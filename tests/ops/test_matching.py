@@ -71,6 +71,14 @@ def _batches(draw: st.DrawFn) -> tuple[np.ndarray[Any, Any], TargetLayout]:
     return np.asarray(costs, np.float32).reshape(layers, sum(sizes), queries), TargetLayout.from_sizes(sizes)
 
 
+def test_arrays_of_any_kind(solver: str) -> None:
+    """Of any strides and byte order, and large enough for Python's lock to be released."""
+    for size in (5, 80):
+        costs = np.random.default_rng(size).normal(size=(size, 2 * size))
+        for array in (costs[::2], costs.T, costs[:, ::-1], np.asfortranarray(costs), costs.astype(">f8"), costs.astype(">f4")):
+            _assert_same(ops.linear_sum_assignment(array), scipys(array), f"strides {array.strides} of {array.dtype}")
+
+
 def test_batches_are_solved_image_by_image(solver: str) -> None:
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(_batches())
@@ -195,6 +203,15 @@ def test_a_bad_target_is_named_by_its_image(change: dict[str, Any], exception: t
         TargetLayout.from_targets(targets)
     with pytest.raises(KeyError, match=r"targets\[0\] has no 'labels'"):
         TargetLayout.from_targets(targets, labels="labels")
+
+
+def test_pairs_are_of_int64_matches_alone(solver: str) -> None:
+    layout = TargetLayout.from_sizes([1, 0, 2])
+    matches = torch.tensor([[-1, 0, -1], [-1, -1, -1], [2, -1, 1]])
+    expected = [([1], [0]), ([], []), ([0, 2], [1, 0])]
+    assert [tuple(index.tolist() for index in pair) for pair in layout.pairs(matches)] == expected
+    with pytest.raises(TypeError, match=r"matches has dtype torch\.int32"):
+        layout.pairs(matches.int())
 
 
 def test_bad_sizes_and_pairs_are_refused() -> None:

@@ -135,6 +135,9 @@ dtype_option = click.option("--dtype", type=click.Choice(list(DTYPES)), default=
 device_option = click.option("--device", default=None, help="cpu, cuda or cuda:N; the GPU if there is one.")
 threads_option = click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; PyTorch's own choice if not given.")
 peers_option = click.option(
-    "--peers/--no-peers", default=True, show_default=True, help="Time ONNX Runtime and OpenVINO too (float32 inference on the CPU)."
+    "--peers/--no-peers",
+    default=True,
+    show_default=True,
+    help="Time channels_last and, in float32, ONNX Runtime and OpenVINO too (inference on the CPU).",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")

@@ -20,7 +20,7 @@ from vitkernels.cli import _engines, _zoo
 from vitkernels.cli._common import CliError
 from vitkernels.integrations import Record
 
-ORIGINAL, ACCELERATED, COMPILED = "original", "accelerated", "torch.compile"
+ORIGINAL, ACCELERATED, LAST, COMPILED = "original", "accelerated", "channels_last", "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
     Attributes:
         replaced, skipped: what :func:`vitkernels.accelerate` did; ``fallbacks`` are replaced modules that ran their original code, and why.
         errors: of the logits, and in training of the gradient of all parameters.
-        peer_errors: of the logits of each engine that was timed, by its name.
+        peer_errors: of the logits of each other contender that was timed, by its name.
         measured: ``None`` where nothing was timed.
     """
 
@@ -69,6 +69,11 @@ class Result:
     def right(self) -> bool:
         """Whether the accelerated model keeps the accuracy rule."""
         return all(error.holds for error in self.errors)
+
+    def error_of_logits(self, name: str) -> float | None:
+        """Of one that was timed; None where it was not compared."""
+        known = {ORIGINAL: self.errors[0].original, ACCELERATED: self.errors[0].accelerated}
+        return (known | self.peer_errors).get(name)
 
     @property
     def title(self) -> str:
@@ -131,6 +136,17 @@ def _training_step(module: nn.Module, x: _zoo.Pixels, options: dict[str, Any], l
     return step
 
 
+def compiled_for_inference(module: nn.Module, x: Any, options: dict[str, Any] | None = None) -> Any:
+    """``torch.compile`` of a copy, run once; on the CPU with its weights taken for constants, as inductor's freezing does it for inference."""
+    import torch._inductor.config as inductor
+
+    program: Any = torch.compile(copy.deepcopy(module))
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    with torch.no_grad(), inductor.patch(freezing=True) if on_cpu else contextlib.nullcontext():
+        program(x, **(options or {}))
+    return program
+
+
 def _gradients(module: nn.Module) -> Tensor:
     """The gradient of all parameters as one vector; a parameter that got none counts as zeros."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters() if p.requires_grad])
@@ -186,8 +202,9 @@ def compare(
         image: a file; default scikit-image's photos, else noise.
         rounds: undisturbed timing rounds wanted.
         budget: seconds after which timing stops, once three rounds are there.
-        compiled: time ``torch.compile`` of the original too.
-        peers: time ONNX Runtime and OpenVINO on the original's ONNX export too, where it is inference in float32 on the CPU.
+        compiled: time ``torch.compile`` of the original too, in inference on the CPU with its weights frozen.
+        peers: time what else a CPU user does for inference, too: the original in channels_last and, in float32, ONNX Runtime and OpenVINO on its
+            ONNX export.
         progress: called after every timing round.
 
     Nothing is timed where there was nothing to replace: it would be the same model twice.
@@ -196,7 +213,8 @@ def compare(
         CliError: the original model itself cannot run this input here.
     """
     pixels, shown = _zoo.images(zoo_model, batch, image)
-    x, options = _zoo.to(pixels, device=device, dtype=dtype), zoo_model.options
+    x: Any = _zoo.to(pixels, device=device, dtype=dtype)
+    options = zoo_model.options
     labels = torch.arange(batch, device=device)
     original = copy.deepcopy(zoo_model.module).to(device=device, dtype=dtype)
     original = _without_dropout(original) if training else original.eval()
@@ -216,39 +234,59 @@ def compare(
     errors, outputs = _errors(calls, modules, training, context)
     del calls["float64"], modules["float64"], exact
 
-    notes = []
-    if compiled and handle.replaced:
-        torch.compiler.reset()
-        module: Any = torch.compile(copy.deepcopy(original))
-        call = _training_step(module, x, options, labels) if training else _forward(module, x, options)
-        try:
-            with context():
-                call()
-            calls[COMPILED] = call
-        except Exception as error:  # no C++ compiler, a graph it cannot take: said in the report, the run goes on
-            notes.append(f"torch.compile: {first_line(error)}")
+    notes: list[str] = []
     measured = None
-    peer_errors = {}
+    peer_errors: dict[str, float] = {}
+
+    def right(name: str, output: Tensor) -> bool:
+        """Whether a contender in inference computes the same; if not, a note says so."""
+        found = accuracy.compare_tensors("logits", output, outputs[ORIGINAL], outputs["float64"])
+        if found.holds:
+            peer_errors[name] = found.relative_error
+        else:
+            notes.append(f"{name}: not timed, its logits are off by {found.relative_error:.1e}, the original's by {errors[0].original:.1e}")
+        return found.holds
+
     if handle.replaced:
         contexts = dict.fromkeys(calls, context)
-        comparable = peers and not training and dtype is torch.float32 and device.type == "cpu"
+        on_cpu, one_tensor = not training and device.type == "cpu", isinstance(x, Tensor)
+        if compiled:
+            torch.compiler.reset()
+            try:
+                if training:
+                    program: Any = torch.compile(copy.deepcopy(original))
+                    call = _training_step(program, x, options, labels)
+                    call()
+                    calls[COMPILED], contexts[COMPILED] = call, context
+                else:
+                    call = _forward(compiled_for_inference(original, x, options), x, options)
+                    with torch.no_grad():
+                        same = right(COMPILED, call())
+                    if same:
+                        calls[COMPILED], contexts[COMPILED] = call, torch.no_grad
+            except Exception as error:  # no C++ compiler, a graph it cannot take: said in the report, the run goes on
+                notes.append(f"{COMPILED}: {first_line(error)}")
+        if peers and on_cpu and one_tensor and x.dim() == 4:
+            last: Any = copy.deepcopy(original)
+            call = _forward(last.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), options)
+            with context():
+                same = right(LAST, call())
+            if same:
+                calls[LAST], contexts[LAST] = call, context
+        comparable = peers and on_cpu and dtype is torch.float32
         with contextlib.ExitStack() as stack:
             engines: dict[str, _engines.Engine] = {}
-            if comparable and isinstance(x, Tensor):
+            if comparable and one_tensor:
                 engines, reasons = stack.enter_context(_engines.engines(original, x))
                 notes += reasons
             elif comparable:
                 notes.append(
                     f"{', '.join(_engines.ENGINES)}: not timed, the model takes a list of images of any sizes, which torch.onnx does not export"
                 )
-            right = {}
-            for name, engine in engines.items():
-                verdict = accuracy.compare_tensors("logits", engine.output, outputs[ORIGINAL], outputs["float64"])
-                if verdict.holds:
-                    right[name], peer_errors[name] = engine, verdict.relative_error
-                else:
-                    notes.append(f"{name}: not timed, its logits are off by {verdict.relative_error:.1e}, the original's by {errors[0].original:.1e}")
-            measured = timing.interleave(calls, elsewhere=right, rounds=rounds, budget=budget, device=device, contexts=contexts, progress=progress)
+            elsewhere = {name: engine for name, engine in engines.items() if right(name, engine.output)}
+            measured = timing.interleave(
+                calls, elsewhere=elsewhere, rounds=rounds, budget=budget, device=device, contexts=contexts, progress=progress
+            )
     return Result(
         name=zoo_model.name,
         source=zoo_model.source,

@@ -10,10 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from vitkernels.integrations import blocks, folded, learnable_memory, official, timm, transformers, vit_pytorch
+from vitkernels.integrations import blocks, folded, learnable_memory, mobilevit, official, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
-_TABLE: dict[str, type[Fused]] = {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE, **learnable_memory.TABLE, **folded.TABLE, **blocks.TABLE}
+_TABLE: dict[str, type[Fused]] = {
+    **timm.TABLE,
+    **transformers.TABLE,
+    **vit_pytorch.TABLE,
+    **learnable_memory.TABLE,
+    **folded.TABLE,
+    **blocks.TABLE,
+    **mobilevit.TABLE,
+}
 
 _NAMES = "a string or several strings: ops, class names or path globs"
 
@@ -117,10 +125,10 @@ def accelerate(
     is on and nobody's hook waits inside. Otherwise its layers run as they are, with the attention fused.
 
     On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation
-    and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. Folded
-    weights are kept under the same rule. So are the packed weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in float32 run in
-    one pass there, and of whole transformer blocks (timm's ``Block``, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``, ``DeiTLayer`` and
-    ``Dinov2Layer``), which are four calls each.
+    and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. In
+    float32 their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are kept under the same rule. So are the packed weights
+    of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in float32 run in one pass there, and of whole transformer blocks (timm's
+    ``Block``, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``, ``DeiTLayer`` and ``Dinov2Layer``), which are four calls each.
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
@@ -193,9 +201,19 @@ def accelerate(
         {} if dry_run else {paths[module]: module for module in planned},
         [record for record in in_order if not record.reason],
         [record for record in in_order if record.reason],
-        _unmatched(selection, candidates),
+        [*_unmatched(selection, candidates), *_when({records[module].op for module, mixin in planned.items() if mixin._vk_in_evaluation})],
         dry_run,
     )
+
+
+def _when(ops: set[str]) -> list[str]:
+    """What to know of those that work in evaluation alone."""
+    if not ops:
+        return []
+    names = " and ".join(sorted(ops))
+    return [
+        f"note: {names} run in evaluation without gradients; in training, under autocast, in torch.compile and torch.export the original layers do."
+    ]
 
 
 def _name(module: nn.Module) -> str:

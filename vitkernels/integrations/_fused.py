@@ -35,6 +35,8 @@ class Fused(Original):
     """The op of :mod:`vitkernels.ops` that does the work."""
     _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = ()
     """Replacements of modules inside that are of no use beside this one, and not made."""
+    _vk_in_evaluation: ClassVar[bool] = False
+    """Whether it does its work in evaluation without gradients alone."""
     _vk_same_name: ClassVar[bool] = False
     """Whether the class keeps the original's name: for zoos that look classes up by it, or write it into files."""
 

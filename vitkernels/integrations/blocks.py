@@ -23,7 +23,7 @@ from vitkernels.integrations._fused import Fused, Role, original_name
 from vitkernels.integrations.dense import Patch
 from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
-from vitkernels.integrations.vit_pytorch import PlainAttention
+from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck
 
 Attend = Callable[[Tensor, Patch], Tensor]
@@ -148,6 +148,10 @@ class TimmBlock(_OfTokens):
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
+        return _plan(cls._vk_block(module))
+
+    @classmethod
+    def _vk_block(cls, module: Any) -> Block:
         attention = module.attn
         if original_name(attention) != "timm.layers.attention.Attention":
             raise UnfitError(f"its attention is a {type(attention).__name__}")
@@ -157,13 +161,12 @@ class TimmBlock(_OfTokens):
         q_norm, k_norm, norm = (None if type(norm) is nn.Identity else norm for norm in (attention.q_norm, attention.k_norm, attention.norm))
         if (q_norm is None) != (k_norm is None):
             raise UnfitError("of its queries and keys only one has a norm")
-        block = Block(
+        return Block(
             bottleneck(_linear(attention.qkv), norm=token_norm(module.norm1)),
             softmax(attention.num_heads, None if attention.fused_attn else attention.scale, q_norm, k_norm),
             bottleneck(_linear(attention.proj, _scale(module.ls1)), norm=None if norm is None else token_norm(norm)),
             mlp_layers(module.mlp, module.norm2, _scale(module.ls2)),
         )
-        return _plan(block)
 
 
 def _linear(module: Any, scale: Tensor | None = None) -> Layer:
@@ -224,6 +227,7 @@ _VIT_PYTORCH: dict[str, Any] = {
     "vit_pytorch.vit.Attention": PlainAttention,
     "vit_pytorch.simple_vit.Attention": PlainAttention,
     "vit_pytorch.deepvit.Attention": VitPytorchAttention,
+    "vit_pytorch.mobile_vit.Attention": SequencesAttention,
 }
 
 

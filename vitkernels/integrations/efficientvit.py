@@ -132,6 +132,7 @@ class Chain(Fused):
     """A module that is a chain of layers: ``EfficientVitStage``, ``PatchEmbedding``."""
 
     _vk_op: ClassVar[str] = "layer_chain"
+    _vk_in_evaluation: ClassVar[bool] = True
     _vk_walk: ClassVar[Walk] = TIMM
 
     def _vk_steps(self) -> list[Step]:
@@ -154,10 +155,6 @@ class Chain(Fused):
     @classmethod
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.parameters())
-
-    @classmethod
-    def _vk_note(cls, module: Any) -> str:
-        return "in inference; with gradients or in training its layers run one by one"
 
     def _vk_run(self, x: Tensor) -> Tensor | None:
         """The chain of ``x``, or ``None`` where this call is not for it."""

@@ -30,10 +30,10 @@ class Plan(NamedTuple):
     bind: Callable[[torch.dtype], Run | str]
 
 
-class Folded(Fused):
-    """Base of what runs folded in evaluation and is the original otherwise."""
+class Evaluated(Fused):
+    """Base of what runs folded in evaluation, and otherwise as what it stands in front of."""
 
-    _vk_op: ClassVar[str] = NAME
+    _vk_in_evaluation: ClassVar[bool] = True
     _vk_dims: ClassVar[range] = range(4, 5)
     """Of inputs that it takes."""
 
@@ -51,23 +51,12 @@ class Folded(Fused):
         """The attributes of ``module``, and those of layers below it that are no settings of PyTorch's own layers, that the plan reads."""
         return None
 
-    @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        reason = _plan_of(cls, module)
-        if isinstance(reason, str):
-            return reason
-        return "folding is for the CPU" if cls._vk_weight(module).is_cuda else None
-
-    @classmethod
-    def _vk_weight(cls, module: Any) -> Tensor:
-        return next(module.parameters())
-
-    @classmethod
-    def _vk_backend(cls, module: Any) -> str:
-        return "native" if _here(cls._vk_weight(module)) else "reference"
+    def _vk_left(self, reason: str) -> None:
+        """A call cannot run folded, for a reason that is worth reporting."""
+        fell_back(self, reason)
 
     def _vk_folded(self, x: Any) -> Tensor | None:
-        """The folded forward, or None where this call is the original's."""
+        """The folded forward, or None where this call is not for it."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
             return None
         if self.training:
@@ -83,13 +72,15 @@ class Folded(Fused):
         reason = _checks.why_not_tensor(x)
         if isinstance(plan, str):
             reason = reason or plan
+            if plan.endswith(_checks.HOOKED):
+                _plans.drop(self)  # nothing that is compared tells that the hook is gone
         elif reason is None:
             bind = plan.bind
             bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
             if not isinstance(bound, str):
                 return bound(x)
             reason = bound
-        fell_back(self, reason)
+        self._vk_left(reason)
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,12 +90,34 @@ class Folded(Fused):
         return super().forward(*args, **kwargs) if y is None else y
 
 
+class Folded(Evaluated):
+    """Base of what runs folded in evaluation and is the original otherwise."""
+
+    _vk_op: ClassVar[str] = NAME
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        reason = plan_of(cls, module)
+        if isinstance(reason, str):
+            return reason
+        return "folding is for the CPU" if cls._vk_weight(module).is_cuda else None
+
+    @classmethod
+    def _vk_weight(cls, module: Any) -> Tensor:
+        return next(module.parameters())
+
+    @classmethod
+    def _vk_backend(cls, module: Any) -> str:
+        return "native" if _here(cls._vk_weight(module)) else "reference"
+
+
 def _here(x: Tensor) -> bool:
     """Whether the kernels run on tensors like this, and nobody asked for others."""
     return x.device.type == "cpu" and backends.requested() in ("auto", "native") and backends.why_not(NAME, "native", x.device, x.dtype) is None
 
 
-def _plan_of(cls: type[Folded], module: Any) -> Plan | str:
+def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
+    """How ``module`` would run folded, or why it cannot."""
     for child in module.modules():
         if child is not module and _checks.hooked(child):
             return f"its {type(child).__name__} {_checks.HOOKED}"
@@ -115,13 +128,13 @@ def _plan_of(cls: type[Folded], module: Any) -> Plan | str:
 
 
 def _plan_now(module: Any) -> Plan | str:
-    plan = _plan_of(module, module)
+    plan = plan_of(module, module)
     if not isinstance(plan, str) and not module.training and any(child.training for child in module.modules()):
         return "some of its layers are in training mode"
     return plan
 
 
-_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training",))
+_plans: Derived[Plan | str, Any] = Derived(_plan_now, settings=lambda module: module._vk_settings(module), below=("training", "eps", "num_groups"))
 
 
 # --- what the zoos' layers are -------------------------------------------------------------------------------------------------------
@@ -180,7 +193,12 @@ def plain(module: Any, kind: type[Module]) -> Module:
     return module
 
 
-def _batch_norm(module: Any) -> nn.BatchNorm2d:
+def batch_norm(module: Any) -> nn.BatchNorm2d:
+    """``module``, if it can be folded.
+
+    Raises:
+        UnfitError: it cannot.
+    """
     if module.weight is None or module.bias is None or module.running_mean is None or module.running_var is None or not module.track_running_stats:
         raise UnfitError("a BatchNorm has no weight or no running statistics")
     return module
@@ -195,12 +213,12 @@ def conv_layer(module: Any) -> Layer:
         if original_name(norm) != "timm.layers.norm_act.BatchNormAct2d":
             raise UnfitError(f"its norm is a {type(norm).__name__}")
         no_change(norm.drop)
-        return Layer(conv, _batch_norm(norm), activation=activation_of(norm.act))
+        return Layer(conv, batch_norm(norm), activation=activation_of(norm.act))
     if name in _CONV_LAYERS:
         norm = module.normalization
         if norm is not None and type(norm) is not nn.BatchNorm2d:
             raise UnfitError(f"its norm is a {type(norm).__name__}")
-        return Layer(plain(module.convolution, nn.Conv2d), None if norm is None else _batch_norm(norm), activation=activation_of(module.activation))
+        return Layer(plain(module.convolution, nn.Conv2d), None if norm is None else batch_norm(norm), activation=activation_of(module.activation))
     return Layer(plain(module, nn.Conv2d))
 
 

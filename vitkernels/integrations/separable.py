@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
+from vitkernels.integrations._fused import Fused, Role, fell_back, original_name, qualified
 from vitkernels.nn import _checks
 from vitkernels.ops.separable.reference import fold, unfold
 
@@ -177,7 +177,7 @@ class Block(Fused):
                 if running and module.training and module.p > 0:
                     # Its mask is drawn in the order of the elements, which is another one in the map.
                     return "dropout on its activations is active"
-            elif issubclass(kind, Layer) or (name := qualified(published(kind))) in cls._vk_containers:
+            elif issubclass(kind, Layer) or (name := original_name(module)) in cls._vk_containers:
                 modules += module._modules.values()
             elif name not in _PIXELWISE_NAMES:
                 return f"{type(module).__name__} in its transformer is not known to work pixel by pixel"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.integrations import _tokenwise, attention_interface, dense, detr, matching, packed
-from vitkernels.integrations._fused import Fused, Role, fell_back, published, qualified
+from vitkernels.integrations._fused import Fused, Role, fell_back, original_name, published, qualified
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
@@ -34,7 +34,7 @@ class TransformersAttention(Attention):
     def _vk_why_not_layers(cls, module: Any, layers: Layers) -> str | None:
         for name in ("qkv_proj", "out_proj"):
             layer = module._modules[name]
-            if qualified(type(layer)) != _MODELING + "MobileViTV2ConvLayer" or layer.normalization is not None or layer.activation is not None:
+            if original_name(layer) != _MODELING + "MobileViTV2ConvLayer" or layer.normalization is not None or layer.activation is not None:
                 return f"{name} is not a MobileViTV2ConvLayer without normalization and activation"
             if _checks.hooked(layer):
                 return f"{name} {_checks.HOOKED}"

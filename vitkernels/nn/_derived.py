@@ -1,20 +1,23 @@
 """Values derived from a module's weights: kept outside of the module, and valid only as long as nothing they came from has changed.
 
 A folded or packed weight is worth keeping only if asking whether it is still right costs less than the kernel that uses it, some tens of
-microseconds. So what can change is laid out once in flat lists that a few passes in C compare.
+microseconds. So what can change is laid out once in flat tuples. Two functions go through these, :func:`unchanged` and :func:`marks`, and their
+twins in C (``csrc/host/watch.cpp``), which take a third of the time.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_, itemgetter
+from operator import attrgetter, contains, getitem, is_
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from vitkernels import host
 
 Plan = TypeVar("Plan")
 Value = TypeVar("Value")
@@ -26,7 +29,38 @@ _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("eps",),
     nn.GELU: ("approximate",),
 }
-_version = attrgetter("_version")
+_Many = tuple[Any, ...]
+
+
+def unchanged(
+    tables: _Many, contents: _Many, empty: _Many, modules: _Many, classes: _Many, own: _Many, owners: _Many, names: _Many, values: _Many
+) -> bool:
+    """Whether everything still is as it was.
+
+    The dictionaries ``tables`` hold just ``contents``, nothing is in ``empty``, the modules have these classes, no dictionary of ``own`` holds a
+    ``forward``, and ``owners[i][names[i]]`` equals ``values[i]``. All but the last are compared by identity.
+    """
+    found = list(chain.from_iterable(map(dict.values, tables)))
+    return (
+        len(found) == len(contents)
+        and all(map(is_, found, contents))
+        and not any(empty)
+        and all(map(is_, map(type, modules), classes))
+        and not any(map(contains, own, repeat("forward")))
+        and tuple(map(getitem, owners, names)) == values
+    )
+
+
+def marks(tensors: tuple[Tensor, ...], *_asked: Any) -> Hashable:
+    """The version and the address of each tensor.
+
+    Raises:
+        RuntimeError: a tensor has none, as those made in inference mode have no version.
+    """
+    return tuple(map(attrgetter("_version"), tensors)), tuple(map(Tensor.data_ptr, tensors))
+
+
+_ASKED = (Tensor._version, Tensor.data_ptr, (Tensor, nn.Parameter))  # what C would have to look up
 
 
 class _Snapshot:
@@ -37,42 +71,42 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module, below: tuple[str, ...] = ()) -> None:
         modules = list(module.modules())
-        self._below = modules[1:]
-        self._classes = list(map(type, self._below))
-        self._own = [m.__dict__ for m in self._below]
-        self._hooks = [getattr(m, name) for m in self._below for name in _HOOKS]
+        inner = modules[1:]
+        hooks = [getattr(m, name) for m in inner for name in _HOOKS]
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-        self._tables = [table for table in tables if table]
-        self._empty = [table for table in tables if not table]  # most of them: asked together, in a tenth of the time
-        self._contents: list[Any] = list(chain.from_iterable(map(dict.values, self._tables)))
-        settings = [(itemgetter(*names), m.__dict__) for m in self._below for kind, names in _SETTINGS.items() if isinstance(m, kind)]
-        settings += [(itemgetter(name, "training"), m.__dict__) for m in self._below for name in below if name in m.__dict__]
-        self._settings = settings
-        self._values = [get(own) for get, own in settings]
-        named = chain.from_iterable(map(dict.items, self._tables))
+        filled, empty = [table for table in tables if table], [table for table in tables if not table]
+        settings = [(m.__dict__, name) for m in inner for kind, names in _SETTINGS.items() if isinstance(m, kind) for name in names]
+        settings += [(m.__dict__, name) for m in inner for asked in below if asked in m.__dict__ for name in (asked, "training")]
+        self._was: tuple[_Many, ...] = (
+            tuple(filled),
+            tuple(chain.from_iterable(map(dict.values, filled))),
+            (*empty, *hooks),  # nobody's hook waits below
+            tuple(inner),
+            tuple(map(type, inner)),
+            tuple(m.__dict__ for m in inner),
+            tuple(own for own, _ in settings),
+            tuple(name for _, name in settings),
+            tuple(own[name] for own, name in settings),
+        )
+        named = chain.from_iterable(map(dict.items, filled))
         # A norm's count of batches goes into no value.
-        self.tensors: list[Tensor] = [value for name, value in named if isinstance(value, Tensor) and name != "num_batches_tracked"]
+        self.tensors = tuple(value for name, value in named if isinstance(value, Tensor) and name != "num_batches_tracked")
 
     def holds(self) -> bool:
-        """Whether all of it is as it was, and nobody's hook waits below."""
-        contents = list(chain.from_iterable(map(dict.values, self._tables)))
-        return (
-            len(contents) == len(self._contents)
-            and all(map(is_, contents, self._contents))
-            and not any(self._empty)
-            and not any(self._hooks)
-            and list(map(type, self._below)) == self._classes
-            and not any(map(contains, self._own, repeat("forward")))
-            and [get(own) for get, own in self._settings] == self._values
-        )
+        """Whether all of it is as it was."""
+        return bool((host.watcher("unchanged") or unchanged)(*self._was))
+
+    def marks(self) -> Hashable:
+        """What changes with every write to a tensor that is counted, and with its memory; see :func:`marks`."""
+        return (host.watcher("marks") or marks)(self.tensors, *_ASKED)
 
 
 @dataclass(frozen=True)
 class _State(Generic[Value]):
     """The values made while the tensors bore these marks, and what keeps the tensors' memory from being handed out again."""
 
-    marks: list[int]
-    sources: list[Tensor]
+    marks: Hashable
+    sources: tuple[Tensor, ...]
     kept: dict[Hashable, Value]
 
 
@@ -82,20 +116,20 @@ class _Entry(Generic[Plan, Value]):
     def __init__(self, module: nn.Module, plan: Plan, settings: Any, below: tuple[str, ...]) -> None:
         self.snapshot = _Snapshot(module, below)
         self.plan, self.settings = plan, settings
-        self._state: _State[Value] = _State([], [], {})
+        self._state: _State[Value] = _State(None, (), {})
 
     def value(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """``make()`` without gradients, or what it returned for this ``key`` if no tensor was written since."""
         tensors = self.snapshot.tensors
         try:
-            marks = [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]
+            marks = self.snapshot.marks()
         except RuntimeError:  # inference tensors count no versions
             return _without_gradient(make)
         state = self._state  # read and replaced as one: other threads may be here, too
         if marks != state.marks:
             # `parameter.data = other` (as in module.half()) changes neither identity nor version: only the address tells, as long as
             # the old memory is held and cannot be handed out again.
-            state = self._state = _State(marks, [tensor.detach() for tensor in tensors], {})
+            state = self._state = _State(marks, tuple(tensor.detach() for tensor in tensors), {})
         if key not in state.kept:
             value = _without_gradient(make)
             if _written_unseen(tensors):
@@ -105,7 +139,7 @@ class _Entry(Generic[Plan, Value]):
 
     def forget(self) -> None:
         """Drop the values: somebody may write the tensors by ways that count no version (``parameter.data.add_()``, some fused optimizers)."""
-        self._state = _State([], [], {})
+        self._state = _State(None, (), {})
 
 
 def _without_gradient(make: Callable[[], Value]) -> Value:
@@ -114,7 +148,7 @@ def _without_gradient(make: Callable[[], Value]) -> Value:
         return make()
 
 
-def _written_unseen(tensors: list[Tensor]) -> bool:
+def _written_unseen(tensors: tuple[Tensor, ...]) -> bool:
     """True where writes count no version: in memory shared with other processes, and where FSDP gathers weights into the tensors of the last time."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed or any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)
@@ -162,6 +196,6 @@ def drop(module: nn.Module) -> None:
         derived.drop(module)
 
 
-def gradient_wanted(tensors: list[Tensor]) -> bool:
+def gradient_wanted(tensors: Iterable[Tensor]) -> bool:
     """True if autograd has to see what is made of ``tensors``."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

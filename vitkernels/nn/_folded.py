@@ -18,6 +18,7 @@ from vitkernels.ops import _define
 from vitkernels.ops.bottleneck import op
 from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Affine, Depthwise, Norm
 from vitkernels.ops.chain import op as chain
+from vitkernels.ops.separable import layer as separable
 
 
 class UnfitError(Exception):
@@ -142,6 +143,7 @@ class Bottleneck(NamedTuple):
             depthwise=depthwise,
             activation=inner[0] if inner else "none",
             out_activation=self.project.activation,
+            activations=dtype,
         )
         return lambda x, residual=None: op.run(x, packed, residual)
 
@@ -164,6 +166,21 @@ def bottleneck(
     if norm is not None and not isinstance(norm, nn.LayerNorm) and not (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1):
         raise UnfitError(f"a {type(norm).__name__} stands in front")
     return Bottleneck(project, expand, depthwise, norm)
+
+
+class SeparableAttention(NamedTuple):
+    """The attention of a MobileViTv2 layer with its norm and its sum: see :mod:`vitkernels.ops.separable.layer`."""
+
+    norm: nn.GroupNorm
+    qkv: Layer
+    out: Layer
+
+    def bind(self, dtype: torch.dtype) -> Callable[[Tensor, tuple[int, int]], Tensor]:
+        """The layer of a map and its patch, its weights packed for activations of ``dtype``."""
+        accumulation, norm = _define.accumulation_dtype(dtype), self.norm
+        of_norm = Norm("sample", norm.weight, norm.bias, norm.eps)
+        packed = separable.pack(self.qkv.affine(accumulation), self.out.affine(accumulation), of_norm, dtype)
+        return lambda x, patch: separable.run(x, packed, patch)
 
 
 class Dense(NamedTuple):

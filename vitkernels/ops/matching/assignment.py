@@ -49,6 +49,8 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
     op = "linear_sum_assignment"
     if invalid not in ("replace", "raise"):
         raise ValueError(f"{op}: invalid is {invalid!r}; it must be one of 'replace', 'raise'")
+    if layout is None and (plain := host.assigner("assign_plain")) is not None and (found := plain(costs)) is not None:
+        return found
     is_tensor = isinstance(costs, Tensor)
     array = _as_array(op, costs)
     if layout is None:
@@ -98,7 +100,7 @@ def _as_array(op: str, costs: Any) -> Array:
         costs = costs.numpy() if costs.is_cpu else costs.cpu().numpy()
     elif not isinstance(costs, np.ndarray):
         raise TypeError(f"{op}: costs is a {type(costs).__name__}; it must be a numpy array or a Tensor")
-    if costs.dtype.char not in "fd":
+    if costs.dtype.char not in "fd" or not costs.dtype.isnative:
         if costs.dtype.kind not in "fiub":
             raise TypeError(f"{op}: costs has dtype {costs.dtype}; it must be real")
         costs = costs.astype(np.float64)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitkernels import host
 from vitkernels.ops import _check
 
+Array = np.ndarray[Any, Any]
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -86,10 +88,6 @@ class TargetLayout:
         """``cu_targets`` on the host."""
         return (0, *itertools.accumulate(self.sizes))
 
-    @functools.cached_property
-    def _first_targets(self) -> np.ndarray[Any, Any]:
-        return np.asarray(self.offsets[:-1], np.int64)
-
     @property
     def total(self) -> int:
         """How many targets, T."""
@@ -110,10 +108,9 @@ class TargetLayout:
         """
         if matches.dim() != 2 or matches.shape[0] != self.images:
             raise ValueError(f"TargetLayout: matches has shape {_check.shape_of(matches)}; it must be [B, Q] with B = {self.images}")
-        values = matches.cpu().numpy()
-        images, queries = (values >= 0).nonzero()
-        targets = values[images, queries] - self._first_targets[images]
-        counts = np.bincount(images, minlength=self.images).tolist()
+        if matches.dtype is not torch.int64:
+            raise TypeError(f"TargetLayout: matches has dtype {matches.dtype}; it must be torch.int64")
+        queries, targets, counts = (host.assigner("pairs_of") or _pairs_of)(np.ascontiguousarray(matches.cpu().numpy()), self.offsets)
         split = (torch.from_numpy(indices).split_with_sizes(counts) for indices in (queries, targets))
         return list(zip(*split, strict=True))
 
@@ -141,3 +138,10 @@ class TargetLayout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TargetLayout:
         """The same layout on another device."""
         return TargetLayout(self.sizes, self.cu_targets.to(device, non_blocking=non_blocking))
+
+
+def _pairs_of(matches: Array, offsets: tuple[int, ...]) -> tuple[Array, Array, list[int]]:
+    """What the host module computes, where it is not built."""
+    images, queries = (matches >= 0).nonzero()
+    targets = matches[images, queries] - np.asarray(offsets[:-1], np.int64)[images]
+    return queries, targets, np.bincount(images, minlength=len(matches)).tolist()
