@@ -113,24 +113,23 @@ class Tile {
   }
 
   void mix_rows(int64_t rows) {
-    const T eps = static_cast<T>(a_.eps), share = T(1) / static_cast<T>(n_.heads);
+    if (n_.heads <= 4) return mix_in_registers<4>(rows);
+    if (n_.heads <= 8) return mix_in_registers<8>(rows);
+    if (n_.heads <= 12) return mix_in_registers<12>(rows);
+    if (n_.heads <= 16 && kBlockRows >= 8) return mix_in_registers<16>(rows);
     Vec<T> x[kMostHeads][2], z[kMostHeads][2];
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n_.map_row; j += kPanel<T>) {
         load_maps(i, j, x);
         mix<T>(n_.heads, mixing_.mix, mixing_.start, x, z);
-        if (a_.norm == Norm::kLayer) {
-          for (int u = 0; u < 2; ++u) {
+        for (int u = 0; u < 2; ++u) {
+          if (a_.norm == Norm::kLayer) {
             Vec<T> squares{};
             for (int64_t g = 0; g < n_.heads; ++g) squares += z[g][u] * z[g][u];
-            const Vec<T> inverse = T(1) / square_root<T>(squares * share + eps);
+            const Vec<T> inverse = inverse_deviation(squares);
             for (int64_t g = 0; g < n_.heads; ++g) z[g][u] *= inverse * mixing_.weight[g];
           }
-        }
-        for (int64_t g = 0; g < n_.heads; ++g) {
-          const int64_t place = g * head_size_ + i * n_.map_row + j;
-          products_.put(maps_, mixed_, place, z[g][0]);
-          products_.put(maps_, mixed_, place + kLanes<T>, z[g][1]);
+          for (int64_t g = 0; g < n_.heads; ++g) products_.put(maps_, mixed_, g * head_size_ + i * n_.map_row + j + u * kLanes<T>, z[g][u]);
         }
       }
     }
@@ -174,6 +173,51 @@ class Tile {
   }
 
  private:
+  // The mix of up to kHeads heads, a vector at a time: the mixed maps stay in registers until they are normed. What the loops use is local: of a member the
+  // compiler has to expect that a store has changed it.
+  template <int kHeads>
+  void mix_in_registers(int64_t rows) {
+    T columns[kHeads][kHeads] = {}, start[kHeads] = {}, weight[kHeads] = {};  // columns: of the mix, [in][out]
+    const int64_t heads = n_.heads, tokens = n_.tokens, map_row = n_.map_row, head_size = head_size_, inverse_row = n_.rows;
+    for (int64_t g = 0; g < heads; ++g) {
+      start[g] = mixing_.start[g], weight[g] = mixing_.weight[g];
+      for (int64_t h = 0; h < heads; ++h) columns[h][g] = mixing_.mix[g * heads + h];
+    }
+    T *maps = maps_, *mixed = mixed_;
+    const T* inverses = inverse_;
+    const P& products = products_;
+    const bool layer = a_.norm == Norm::kLayer;
+    const Vec<T> centre = broadcast(static_cast<T>(a_.centre));
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < tokens; j += kLanes<T>) {
+        Vec<T> z[kHeads];
+#pragma GCC unroll 16
+        for (int g = 0; g < kHeads; ++g) z[g] = broadcast(start[g]);
+        const int64_t place = i * map_row + j;
+        for (int64_t h = 0; h < heads; ++h) {
+          const Vec<T> x = load(maps + h * head_size + place) * inverses[h * inverse_row + i] - centre;
+#pragma GCC unroll 16
+          for (int g = 0; g < kHeads; ++g) z[g] += columns[h][g] * x;
+        }
+        if (layer) {
+          Vec<T> squares[2] = {};
+#pragma GCC unroll 16
+          for (int g = 0; g < kHeads; ++g) squares[g % 2] += z[g] * z[g];
+          const Vec<T> inverse = inverse_deviation(squares[0] + squares[1]);
+#pragma GCC unroll 16
+          for (int g = 0; g < kHeads; ++g) z[g] *= inverse * weight[g];
+        }
+#pragma GCC unroll 16
+        for (int g = 0; g < kHeads; ++g) {
+          if (g < heads) products.put(maps, mixed, g * head_size + place, z[g]);
+        }
+      }
+    }
+  }
+
+  // Of a layer norm, from the sum over the heads of the squares.
+  Vec<T> inverse_deviation(Vec<T> squares) const { return T(1) / square_root<T>(squares * (T(1) / static_cast<T>(n_.heads)) + static_cast<T>(a_.eps)); }
+
   const Attention& a_;
   const Sizes<T>& n_;
   const Storage<T>& io_;

@@ -309,14 +309,14 @@ def test_no_map_is_formed_or_kept(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_tokens_are_copied_once(kind: str) -> None:
-    """q, k and v are views of their projection; only the output is brought back to [B, N, H D]."""
+def test_tokens_are_not_copied(kind: str) -> None:
+    """q, k and v are views of their projection, and the output comes as [B, N, H D]."""
     model = nn.Sequential(MODELS[kind]().eval())
     vitkernels.accelerate(model)
     attention, x = model.get_submodule(f"0.{ATTENTIONS[kind][1]}"), torch.randn(2, 17, 48)
     with torch.no_grad(), zoo.Copies() as found:
         attention(x)
-    assert [size for size in found.sizes if size >= x.numel()] == [x.numel()]
+    assert not [size for size in found.sizes if size >= x.numel()]
 
 
 # --- the handle ----------------------------------------------------------------------------------------------------------------------
