@@ -41,7 +41,19 @@ def transformers_v1() -> nn.Module:
     return MobileViTForImageClassification(MobileViTConfig(**sizes))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mobilevit": timm_v1, "mobilevitv2": timm_v2, "transformers mobilevit": transformers_v1}
+def vit_pytorch_v1() -> nn.Module:
+    from vit_pytorch.mobile_vit import MobileViT
+
+    torch.manual_seed(0)
+    return MobileViT((64, 64), [64, 80, 96], [16, 16, 24, 24, 48, 48, 64, 64, 80, 80, 320], num_classes=10, expansion=2)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mobilevit": timm_v1,
+    "mobilevitv2": timm_v2,
+    "transformers mobilevit": transformers_v1,
+    "vit_pytorch mobilevit": vit_pytorch_v1,
+}
 
 
 def run(model: nn.Module, images: Tensor) -> Tensor:

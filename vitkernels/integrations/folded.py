@@ -222,6 +222,23 @@ def conv_layer(module: Any) -> Layer:
     return Layer(plain(module, nn.Conv2d))
 
 
+def conv_sequence(module: Any) -> list[Layer]:
+    """Convolutions one after the other, each with its norm and perhaps an activation, as vit_pytorch writes them.
+
+    Raises:
+        UnfitError: it is another sequence.
+    """
+    layers: list[Layer] = []
+    rest = list(plain(module, nn.Sequential))
+    while rest:
+        if len(rest) < 2:
+            raise UnfitError("a convolution has no norm behind it")
+        conv, norm, *rest = rest
+        activation = activation_of(rest.pop(0)) if rest and type(rest[0]) is not nn.Conv2d else "none"
+        layers.append(Layer(plain(conv, nn.Conv2d), batch_norm(plain(norm, nn.BatchNorm2d)), activation=activation))
+    return layers
+
+
 # --- convolutions --------------------------------------------------------------------------------------------------------------------
 
 
@@ -234,23 +251,29 @@ class ConvNormAct(Folded):
 
 
 class InvertedResidual(Folded):
-    """timm's ``BottleneckBlock`` with a depthwise middle, and the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2: in one op."""
+    """timm's ``BottleneckBlock`` with a depthwise middle, the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2, and vit_pytorch's
+    ``MV2Block``, which may lack the expansion: in one op.
+    """
 
     _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (ConvNormAct,)
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
-        return module.__dict__.get("use_residual")
+        return module.__dict__.get("use_residual"), module.__dict__.get("use_res_connect")
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
         if original_name(module) == "timm.models.byobnet.BottleneckBlock":
-            layers, residual = (module.conv1_1x1, module.conv2_kxk, module.conv3_1x1), module.shortcut is not None
+            layers, residual = [conv_layer(module.conv1_1x1), conv_layer(module.conv2_kxk), conv_layer(module.conv3_1x1)], module.shortcut is not None
             no_change(module.shortcut, module.conv2b_kxk, module.attn, module.attn_last, module.drop_path, module.act)
+        elif original_name(module) == "vit_pytorch.mobile_vit.MV2Block":
+            layers, residual = conv_sequence(module.conv), module.use_res_connect
         else:
-            layers, residual = (module.expand_1x1, module.conv_3x3, module.reduce_1x1), module.use_residual
-        expand, depthwise, project = map(conv_layer, layers)
-        whole = bottleneck(project, expand=expand, depthwise=depthwise)
+            layers, residual = [conv_layer(module.expand_1x1), conv_layer(module.conv_3x3), conv_layer(module.reduce_1x1)], module.use_residual
+        if len(layers) not in (2, 3):
+            raise UnfitError(f"it has {len(layers)} convolutions")
+        *expand, depthwise, project = layers
+        whole = bottleneck(project, expand=expand[0] if expand else None, depthwise=depthwise)
 
         def bind(dtype: torch.dtype) -> Run:
             run = whole.bind(dtype)
@@ -342,6 +365,7 @@ TRANSFORMERS_VITS = tuple(
 TABLE: dict[str, type[Fused]] = {
     "timm.layers.conv_bn_act.ConvNormAct": ConvNormAct,
     "timm.models.byobnet.BottleneckBlock": InvertedResidual,
+    "vit_pytorch.mobile_vit.MV2Block": InvertedResidual,
     "timm.layers.mlp.Mlp": Mlp,
     **{f"vit_pytorch.{name}.FeedForward": Mlp for name in ("vit", "simple_vit", "deepvit", "mobile_vit")},
     **dict.fromkeys(_CONV_LAYERS, ConvNormAct),

@@ -27,8 +27,8 @@ from vitkernels.integrations.folded import (
     Plan,
     Run,
     activation_of,
-    batch_norm,
     conv_layer,
+    conv_sequence,
     left_to_pytorch,
     no_change,
     plain,
@@ -317,16 +317,11 @@ class VitPytorchDense(Whole, vit_pytorch.MapBlock):
     def _vk_plan(cls, module: Any) -> Plan:
         pairs: Any = plain(_known(module.transformer, "vit_pytorch.mobile_vit.Transformer").layers, nn.ModuleList)
         layers = [blocks.VitPytorchTransformer._vk_block(attention, feed_forward) for attention, feed_forward in pairs]
-        local, reduce, project, fusion = map(_sequence, (module.conv1, module.conv2, module.conv3, module.conv4))
+        convolutions = [conv_sequence(one) for one in (module.conv1, module.conv2, module.conv3, module.conv4)]
+        if any(len(found) != 1 for found in convolutions):
+            raise UnfitError("its convolutions are of another number")
+        local, reduce, project, fusion = (found[0] for found in convolutions)
         return _plan(Dense([], _local(local, reduce), layers, None, project, fusion, (module.ph, module.pw), resizes=False, joined_last=True).bind)
-
-
-def _sequence(module: Any) -> Layer:
-    """A convolution, its norm and its activation, one after the other."""
-    if len(plain(module, nn.Sequential)) != 3:
-        raise UnfitError("its convolutions are not followed by a norm and an activation")
-    conv, norm, activation = module
-    return Layer(plain(conv, nn.Conv2d), batch_norm(plain(norm, nn.BatchNorm2d)), activation=activation_of(activation))
 
 
 TABLE: dict[str, type[Fused]] = {
