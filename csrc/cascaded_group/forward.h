@@ -78,21 +78,22 @@ struct ForwardPass {
     });
   }
 
-  void project_out(Range tokens, const WindowMemory<T>& m) const {
+  // The vectors [from, to) of the output's channels, of all tokens.
+  void project_out(Range vectors, const WindowMemory<T>& m) const {
     const Panel<T> proj = weights.proj();
-    const T* bias = weights.proj_bias();
-    T* out = m.out + tokens.begin * l.channel_row;
-    const T* cat = m.cat + tokens.begin * l.cat_row;
-    gemm<T>(tokens.end - tokens.begin, l.cat_row, l.channel_row / lanes, cat, l.cat_row, 1, proj.data, proj.row, [&](int64_t row, int64_t vector, Vec<T> acc) {
+    const int64_t first = vectors.begin * lanes;
+    const T* bias = weights.proj_bias() + first;
+    T* out = m.out + first;
+    gemm<T>(l.tokens, l.cat_row, vectors.end - vectors.begin, m.cat, l.cat_row, 1, proj.data + first, proj.row, [&](int64_t row, int64_t vector, Vec<T> acc) {
       store(out + row * l.channel_row + vector * lanes, acc + load(bias + vector * lanes));
     });
   }
 
-  void store_channels(int64_t window, Range channels, const WindowMemory<T>& m) const {
-    const int64_t count = channels.end - channels.begin;
+  void store_channels(int64_t window, Range vectors, const WindowMemory<T>& m) const {
+    const int64_t first = vectors.begin * lanes, count = min_of(vectors.end * lanes, l.channels) - first;
     if (count <= 0) return;
-    const Window at(a.y, l, a.height, a.width, window, channels.begin);
-    l.io.store_window(at, l.window, {1, count, round_up(count, lanes), l.channel_row}, m.out + channels.begin, a.add);
+    const Window at(a.y, l, a.height, a.width, window, first);
+    l.io.store_window(at, l.window, {1, count, round_up(count, lanes), l.channel_row}, m.out + first, a.add);
   }
 
   // Each worker takes a share of the windows, one after the other.
@@ -110,8 +111,8 @@ struct ForwardPass {
           project_head(head, all, m);
           attend(head, all, m, own);
         }
-        project_out(all, m);
-        store_channels(window, {0, l.channels}, m);
+        project_out({0, l.channel_row / lanes}, m);
+        store_channels(window, {0, l.channel_row / lanes}, m);
       }
     });
   }
@@ -140,11 +141,12 @@ struct ForwardPass {
         if (head + 1 < l.heads) project_head(head + 1, tokens, m);
       });
     }
-    // x is overwritten where the projection takes its place, by the rows that this worker alone still reads.
-    step([&](int64_t, int64_t, Range tokens, const WindowMemory<T>& m, const WorkerMemory<T>&) { project_out(tokens, m); });
+    // By channels, of which each reads its part of the weights once. x, which may be what is overwritten, has been read.
     step([&](int64_t window, int64_t part, Range, const WindowMemory<T>& m, const WorkerMemory<T>&) {
-      const Range vectors = share(ceil_div(l.channels, lanes), part, parts);
-      store_channels(window, {vectors.begin * lanes, min_of(vectors.end * lanes, l.channels)}, m);
+      const int64_t vectors = l.channel_row / lanes;
+      const Range pairs = share(ceil_div(vectors, 2), part, parts), own = {2 * pairs.begin, min_of(2 * pairs.end, vectors)};
+      project_out(own, m);
+      store_channels(window, own, m);
     });
   }
 };

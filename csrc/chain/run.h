@@ -19,6 +19,8 @@ using namespace chain;
 
 // Pixels of a tile: whole blocks of rows for 6 and for 8, and few enough for what is between two products to stay in the L2 cache.
 constexpr int64_t kTile = 48;
+// A matrix of so many bytes is worth waiting for the other workers once more, if each then reads only its part (16 rows: lost at 0.3 MB, won at 1.2 MB).
+constexpr int64_t kLargeMatrix = 512 << 10;
 // Of the maps of the images of a pass, in bytes.
 constexpr int64_t kMaps = 4 << 20;
 
@@ -155,12 +157,14 @@ struct Pass {
     });
   }
 
-  void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count) const {
-    const bool direct = l.kernel == 1 && l.stride == 1 && l.padding == 0;
+  static bool direct(const Layer& l) { return l.kernel == 1 && l.stride == 1 && l.padding == 0; }
+
+  void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count, Range panels) const {
+    const bool direct = Pass::direct(l);
     Buffer<T> patches(direct ? 0 : count * patch_row(l) + kAlign);
     if (!direct) gather(l, in, first, count, patches);
     const T *left = direct ? in + first * l.row : patches.get(), *bias = vector(l, 0);
-    multiply(count, l.kernel * l.kernel * l.channels, l.out_channels, left, direct ? l.row : patch_row(l), matrix(l, 0), all(l.out_channels),
+    multiply(count, l.kernel * l.kernel * l.channels, l.out_channels, left, direct ? l.row : patch_row(l), matrix(l, 0), panels,
              [&](int64_t row, int64_t column, Vec<T> acc) {
                Vec<T> y = acc + load(bias + column);
                if (l.relu) y = relu(y);
@@ -203,19 +207,27 @@ struct Pass {
 
   // --- layers that work in place ----------------------------------------------------------------------------------------------------------
 
-  void feed_forward(const Layer& l, T* map, int64_t first, int64_t count) const {
+  // Rows of x through the first matrix of a feed-forward layer, and on through the second, for some panels of each.
+  void expand(const Layer& l, const T* x, int64_t rows, T* hidden, Range panels) const {
     const int64_t hidden_row = round_up(l.hidden, kAlign);
-    Buffer<T> hidden(count * hidden_row);
-    T* x = map + first * l.row;
-    const T *inner = vector(l, 0), *outer = vector(l, 1);
-    multiply(count, l.channels, l.hidden, x, l.row, matrix(l, 0), all(l.hidden), [&](int64_t row, int64_t column, Vec<T> acc) {
-      store(hidden + row * hidden_row + column, relu(acc + load(inner + column)));
+    const T* bias = vector(l, 0);
+    multiply(rows, l.channels, l.hidden, x, l.row, matrix(l, 0), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
+      store(hidden + row * hidden_row + column, relu(acc + load(bias + column)));
     });
-    multiply(count, l.hidden, l.channels, hidden, hidden_row, matrix(l, 1), all(l.channels), [&](int64_t row, int64_t column, Vec<T> acc) {
+  }
+  void reduce(const Layer& l, const T* hidden, int64_t rows, T* x, Range panels) const {
+    const T* bias = vector(l, 1);
+    multiply(rows, l.hidden, l.channels, hidden, round_up(l.hidden, kAlign), matrix(l, 1), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
       T* target = x + row * l.row + column;
-      const Vec<T> y = acc + load(outer + column);
+      const Vec<T> y = acc + load(bias + column);
       store(target, l.residual ? y + load(target) : y);
     });
+  }
+
+  void feed_forward(const Layer& l, T* map, int64_t first, int64_t count) const {
+    Buffer<T> hidden(count * round_up(l.hidden, kAlign));
+    expand(l, map + first * l.row, count, hidden, all(l.hidden));
+    reduce(l, hidden, count, map + first * l.row, all(l.channels));
   }
 
   // body(panels) for shares of a matrix's panels, for products of too few rows to share these.
@@ -223,6 +235,21 @@ struct Pass {
   static void by_panels(int64_t columns, const Body& body) {
     const int64_t panels = ceil_div(columns, kPanelColumns), workers = min_of(num_threads(), panels);
     parallel(workers, [&](int64_t worker) { body(share(panels, worker, workers)); });
+  }
+
+  // Whether workers share a matrix by its columns and not by the rows of what it is multiplied with. Of few rows each has a block or two, and would read all
+  // of a large matrix for that, from beyond its own cache.
+  static bool shares_panels(int64_t rows, int64_t depth, int64_t columns) {
+    const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanelColumns), workers = num_threads();
+    return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= kLargeMatrix &&
+           blocks * ceil_div(panels, workers) <= ceil_div(blocks, workers) * panels;
+  }
+  static bool feeds_by_panels(const Layer& l, int64_t rows) { return shares_panels(rows, l.channels, l.hidden) && shares_panels(rows, l.hidden, l.channels); }
+
+  void feed_forward_by_panels(const Layer& l, T* map, int64_t rows) const {
+    Buffer<T> hidden(rows * round_up(l.hidden, kAlign));
+    by_panels(l.hidden, [&](Range panels) { expand(l, map, rows, hidden, panels); });
+    by_panels(l.channels, [&](Range panels) { reduce(l, hidden, rows, map, panels); });
   }
 
   void squeeze_excite(const Layer& l, int64_t images, T* map) const {
@@ -296,10 +323,16 @@ struct Pass {
       switch (l.kind) {
         case Kind::kConvolution:
         case Kind::kDepthwise: {
+          const int64_t rows = images * l.out_height * l.out_width;
+          if (l.kind == Kind::kConvolution && direct(l) && shares_panels(rows, l.channels, l.out_channels)) {
+            by_panels(l.out_channels, [&](Range panels) { convolve(l, map, out, 0, rows, panels); });
+            map = out;
+            break;
+          }
           int64_t next = i + 1;
-          while (next < end && a.layers[next].kind == Kind::kFeedForward) ++next;
-          by_tiles(images * l.out_height * l.out_width, [&](int64_t from, int64_t count) {
-            l.kind == Kind::kDepthwise ? depthwise(l, map, out, from, count) : convolve(l, map, out, from, count);
+          while (next < end && a.layers[next].kind == Kind::kFeedForward && !feeds_by_panels(a.layers[next], rows)) ++next;
+          by_tiles(rows, [&](int64_t from, int64_t count) {
+            l.kind == Kind::kDepthwise ? depthwise(l, map, out, from, count) : convolve(l, map, out, from, count, all(l.out_channels));
             for (int64_t j = i + 1; j < next; ++j) feed_forward(a.layers[j], out, from, count);
           });
           i = next - 1;
@@ -307,7 +340,11 @@ struct Pass {
           break;
         }
         case Kind::kFeedForward:
-          by_tiles(images * l.height * l.width, [&](int64_t from, int64_t count) { feed_forward(l, map, from, count); });
+          if (const int64_t rows = images * l.height * l.width; feeds_by_panels(l, rows)) {
+            feed_forward_by_panels(l, map, rows);
+          } else {
+            by_tiles(rows, [&](int64_t from, int64_t count) { feed_forward(l, map, from, count); });
+          }
           break;
         case Kind::kSqueezeExcite:
           squeeze_excite(l, images, map);

@@ -165,6 +165,28 @@ def test_a_nan_stays_in_its_image() -> None:
     assert y[1].isnan().any() and torch.equal(y[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pixels", [1, 4, 5])
+def test_few_pixels_for_many_threads(pixels: int, dtype: torch.dtype) -> None:
+    """Threads share the columns of large matrices, or where there are more threads than columns, as of other matrices, the pixels."""
+    d = Draw()
+    pair = [d.depthwise(290, 3, 1, 1, residual=True), d.feed_forward(290, 1000), d.feed_forward(290, 1000, residual=False)]
+    layers = [
+        d.convolution(1000, 290, 1, relu=True),
+        *pair,
+        d.convolution(290, 1100, 1),
+        d.convolution(1100, 290, 1, residual=False),
+        d.feed_forward(290, 20),
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3, 20):
+            torch.set_num_threads(threads)
+            assert_right(Draw(1)(1, 1000, pixels, pixels).to(dtype), layers)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads() -> None:
     """Several Python threads at once get what one gets alone."""
     shape, layers = CHAINS["a stage"]
