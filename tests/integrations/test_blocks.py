@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vitkernels
 from vitkernels import backends
 from vitkernels.accuracy import compare_tensors
+from vitkernels.ops.bottleneck.op import bfloat16_products
 
 from .. import zoo
 
@@ -197,7 +198,18 @@ def test_autocast_is_the_originals() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.skipif(not bfloat16_products(), reason="no bfloat16 products")
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_in_bfloat16(kind: str) -> None:
+    original, accelerated, handle = pair(BLOCKS[kind])
+    x, scaled = torch.randn(2, 9, DIM, dtype=torch.bfloat16), kind in ("timm, all options", "Dinov2")
+    exact = run(copy.deepcopy(original).double(), x.double())
+    found = compare_tensors("tokens", run(accelerated.bfloat16(), x), run(original.bfloat16(), x), exact)
+    assert found.holds, found
+    assert ("LayerScale" in handle.fallbacks.get("", "")) is scaled and (scaled or not handle.fallbacks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64] if bfloat16_products() else [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_keep_the_original(dtype: torch.dtype) -> None:
     original, accelerated, handle = pair(BLOCKS["timm"])
     x = torch.randn(2, 9, DIM, dtype=dtype)

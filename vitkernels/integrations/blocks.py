@@ -38,6 +38,11 @@ class Block(NamedTuple):
     project_out: Bottleneck
     mlp: Bottleneck
 
+    @property
+    def scaled(self) -> bool:
+        """Whether a LayerScale is folded into its weights."""
+        return any(one.project.scale is not None for one in (self.project_out, self.mlp) if isinstance(one.project, Layer))
+
     def bind(self, dtype: torch.dtype) -> Callable[[Tensor, Patch], Tensor]:
         """The block of maps in channels_last memory, its weights packed for activations of ``dtype``."""
         project_in, project_out, mlp = (one.bind(dtype) for one in (self.project_in, self.project_out, self.mlp))
@@ -116,6 +121,8 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
     def bind(dtype: torch.dtype) -> Run | str:
         if (reason := left_to_pytorch(dtype)) is not None:
             return reason
+        if dtype is torch.bfloat16 and any(block.scaled for block in blocks):
+            return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
         runs, channels = [block.bind(dtype) for block in blocks], blocks[0].project_in.channels
 
         def run(x: Tensor) -> Tensor | None:
