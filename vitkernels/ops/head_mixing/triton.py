@@ -773,8 +773,8 @@ class _Folded(NamedTuple):
         return _Folded(factor[:, None] * mix, None, None, constant, mean, std, factor)
 
     def added(self, x: Tensor) -> Tensor | None:
-        """[B, H, columns]: the constant times the sum of the rows of ``x``."""
-        return None if self.constant is None else self.constant[:, None] * x.sum(dim=2, dtype=torch.float32)
+        """[B, H, columns]: the constant times the sum of the rows of ``x``, in float64: in which order PyTorch sums depends on the strides."""
+        return None if self.constant is None else self.constant[:, None] * x.sum(dim=2, dtype=torch.float64)
 
 
 class _Call(NamedTuple):
@@ -965,7 +965,7 @@ def re_attention_backward(
         sums = _sums(*(c, rows, seed, lse, matrices, None if later else delta), *(True, both, live and seed is not None, layer, layer))
         if live and not both:
             sums[1] = _sums(c, (None, *rows[1:]), seed, lse, (None,) * 5, None, *(False, True, False, False, False))[1]
-        grad_constant = (grad_out.sum(dim=2, dtype=torch.float32).double() * v.sum(dim=2, dtype=torch.float32)).sum(dim=(0, 2))
+        grad_constant = (grad_out.sum(dim=2, dtype=torch.float64) * v.sum(dim=2, dtype=torch.float64)).sum(dim=(0, 2))
         small, square, offset = _small_gradients(c, mix_weight, folded, norm, live, grad_constant, *sums)
         if live:
             matrices = *folded[:3], square, offset if seed is not None else None
