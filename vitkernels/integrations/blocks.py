@@ -24,7 +24,7 @@ from vitkernels.integrations.dense import Patch
 from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
-from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck
+from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one
 
 Attend = Callable[[Tensor, Patch], Tensor]
 """The packed projection, a map [B, 3 H D, H', W'], and the patch if it is MobileViT's map: to a map [B, H D, H', W']."""
@@ -109,6 +109,9 @@ class _OfTokens(Folded):
     """What takes tokens [B, N, C]."""
 
     _vk_dims: ClassVar[range] = range(3, 4)
+
+    def _vk_folded(self, x: Any) -> Tensor | None:
+        return None if one_by_one() else super()._vk_folded(x)
 
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:

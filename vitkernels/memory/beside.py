@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitkernels import ops
 from vitkernels.memory.layers import Layer
+from vitkernels.nn._folded import layers_one_by_one
 
 MemoryKV = tuple[Tensor, Tensor]
 """A layer's keys and values of some tasks' memory, [M, H, D] each."""
@@ -113,7 +114,7 @@ def run_beside(call: Callable[[], Any], layers: Sequence[Layer], rows: Sequence[
     beside = _Pass(layers, rows)
     handles = beside.hooks()
     try:
-        with torch.set_grad_enabled(beside.graded and base_grad):
+        with torch.set_grad_enabled(beside.graded and base_grad), layers_one_by_one():
             base = call()
     finally:
         for handle in handles:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitkernels.memory.beside import Rows, project_memory, run_beside
 from vitkernels.memory.layers import Frame, frame_of
 from vitkernels.nn import _derived
+from vitkernels.nn._folded import layers_one_by_one
 from vitkernels.ops import _define
 
 _FORMAT = "vitkernels.memory.task.1"
@@ -21,7 +22,8 @@ class MemoryOutput(NamedTuple):
     """What a :class:`MemoryViT` returns.
 
     Attributes:
-        base: what the ViT itself returns, to the bit.
+        base: what the ViT itself returns, to the bit, whatever the tasks. An accelerated ViT runs its layers one by one here, where by itself it
+            may run whole blocks at once, which rounds another way.
         tasks: logits [B, classes] of each task, by name.
     """
 
@@ -204,7 +206,7 @@ class MemoryViT(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> MemoryOutput:
         """Call the ViT with these arguments and all tasks beside it."""
         if not self.tasks:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)), layers_one_by_one():
                 return MemoryOutput(self.vit(*args, **kwargs), {})
         kept = _KEPT.entry(self)
         rows = self._rows(kept)

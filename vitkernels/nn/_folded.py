@@ -6,7 +6,9 @@ A plan says which layers of a module make which passes; binding it to a dtype fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +21,23 @@ from vitkernels.ops.bottleneck import op
 from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Affine, Depthwise, Norm
 from vitkernels.ops.chain import op as chain
 from vitkernels.ops.separable import layer as separable
+
+_running = threading.local()
+
+
+@contextlib.contextmanager
+def layers_one_by_one() -> Iterator[None]:
+    """Blocks of several layers run these one by one in this thread: for who listens to them with hooks, call by call."""
+    before, _running.one_by_one = one_by_one(), True
+    try:
+        yield
+    finally:
+        _running.one_by_one = before
+
+
+def one_by_one() -> bool:
+    """Whether that is wanted here now."""
+    return getattr(_running, "one_by_one", False)
 
 
 class UnfitError(Exception):
