@@ -57,7 +57,7 @@ def why_not() -> str | None:
 def forget() -> None:
     """Look for the module again, after a build in this process."""
     _module.cache_clear()
-    assigner.cache_clear()
+    compiled.cache_clear()
 
 
 def cpu_features() -> dict[str, bool]:
@@ -78,26 +78,14 @@ def isa_report() -> IsaReport:
     )
 
 
-def packer(method: str) -> Callable[[Any, int, int], tuple[Any, int]] | None:
-    """The compiled bin packer of that name (``first_fit``, ``best_fit_decreasing``), ``None`` where the module is not built.
-
-    It takes int64 lengths (a numpy array, each in ``[0, capacity]``: not checked again), the capacity and the most items a bin may hold, and returns
-    the bin of each item (int64) and the number of bins. :func:`vitkernels.navit.pack` is the function to call.
-    """
-    return getattr(_module(), method, None)
-
-
 @functools.cache
-def assigner(name: str) -> Callable[..., Any] | None:
-    """The compiled linear sum assignment, ``None`` where the module is not built: ``assign`` of one matrix (``assign_plain`` of
-    one that needs no care), ``assign_all`` of many, or ``pairs_of`` their matches.
+def compiled(name: str) -> Callable[..., Any] | None:
+    """A compiled function by its name, ``None`` where the module is not built. What each takes and returns says ``csrc/host/module.cpp``.
 
-    They take contiguous arrays, of costs in float32 or float64; what else they take and return says ``csrc/host/module.cpp``.
-    :func:`vitkernels.ops.linear_sum_assignment` is the function to call.
+    - ``first_fit``, ``best_fit_decreasing``: the bin packers behind :func:`vitkernels.navit.pack`.
+    - ``assign``, ``assign_all``, ``pairs_of``: the linear sum assignment behind :func:`vitkernels.ops.linear_sum_assignment`, and its pairs.
+    - ``unchanged``, ``marks``: of :mod:`vitkernels.nn._derived`.
+
+    Nothing is checked in them that the function to call has checked.
     """
-    return getattr(_module(), name, None)
-
-
-def watcher(name: str) -> Callable[..., Any] | None:
-    """The compiled ``unchanged`` or ``marks`` of :mod:`vitkernels.nn._derived`, ``None`` where the module is not built."""
     return getattr(_module(), name, None)

@@ -60,23 +60,10 @@ py::tuple pack(const Int64s& lengths, int64_t capacity, int64_t most) {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// One contiguous matrix, without what pybind11 does around a call, which would take longer than to solve a small one. Python's lock is kept while that is cheaper
+// than to let it go.
 template <class T>
-py::tuple assign(const Array<T>& costs) {
-  const int64_t rows = costs.shape(0), columns = costs.shape(1), pairs = std::min(rows, columns);
-  Int64s row(pairs), column(pairs);
-  int64_t *to_row = row.mutable_data(), *to_column = column.mutable_data();
-  bool replaced;
-  {
-    py::gil_scoped_release release;
-    replaced = host::assign(host::Costs<T>{costs.data(), rows, columns, columns, 1}, to_row, to_column);
-  }
-  return py::make_tuple(row, column, replaced);
-}
-
-// assign() of one finite contiguous matrix without what pybind11 does around a call, which would take longer than to solve a small one; None for all else.
-// Python's lock is kept while that is cheaper than to let it go.
-template <class T>
-PyObject* assign_finite(const py::detail::PyArray_Proxy& costs) {
+PyObject* assign_matrix(const py::detail::PyArray_Proxy& costs) {
   const auto& numpy = py::detail::npy_api::get();
   const int64_t rows = costs.dimensions[0], columns = costs.dimensions[1];
   py::ssize_t pairs = std::min(rows, columns);
@@ -85,30 +72,32 @@ PyObject* assign_finite(const py::detail::PyArray_Proxy& costs) {
     PyObject* int64 = numpy.PyArray_DescrFromType_(py::detail::npy_api::NPY_INT64_);
     indices = numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, int64, 1, &pairs, nullptr, nullptr, 0, nullptr);
   }
-  if (found[0] == nullptr || found[1] == nullptr) return Py_XDECREF(found[0]), Py_XDECREF(found[1]), nullptr;
-  const auto data = [](PyObject* array) { return reinterpret_cast<int64_t*>(py::detail::array_proxy(array)->data); };
-  const host::Costs<T> problem = {reinterpret_cast<const T*>(costs.data), rows, columns, columns, 1};
-  bool replaced;
-  if (rows * columns < 4096) {
-    replaced = host::assign(problem, data(found[0]), data(found[1]));
-  } else {
-    py::gil_scoped_release release;
-    replaced = host::assign(problem, data(found[0]), data(found[1]));
+  PyObject* result = nullptr;
+  if (found[0] != nullptr && found[1] != nullptr) {
+    const auto data = [](PyObject* array) { return reinterpret_cast<int64_t*>(py::detail::array_proxy(array)->data); };
+    const host::Costs<T> problem = {reinterpret_cast<const T*>(costs.data), rows, columns, columns, 1};
+    bool replaced;
+    if (rows * columns < 4096) {
+      replaced = host::assign(problem, data(found[0]), data(found[1]));
+    } else {
+      py::gil_scoped_release release;
+      replaced = host::assign(problem, data(found[0]), data(found[1]));
+    }
+    result = PyTuple_Pack(3, found[0], found[1], replaced ? Py_True : Py_False);
   }
-  PyObject* result = replaced ? Py_NewRef(Py_None) : PyTuple_Pack(2, found[0], found[1]);
-  Py_DECREF(found[0]), Py_DECREF(found[1]);
+  Py_XDECREF(found[0]), Py_XDECREF(found[1]);
   return result;
 }
 
-PyObject* assign_plain(PyObject*, PyObject* costs) {
+PyObject* assign(PyObject*, PyObject* costs) {
   const auto& numpy = py::detail::npy_api::get();
   if (reinterpret_cast<PyObject*>(Py_TYPE(costs)) == reinterpret_cast<PyObject*>(numpy.PyArray_Type_)) {
     const auto& array = *py::detail::array_proxy(costs);
     constexpr int plain = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     const auto* dtype = py::detail::array_descriptor_proxy(array.descr);
     if (array.nd == 2 && (array.flags & plain) == plain && (dtype->byteorder == '=' || dtype->byteorder == '|')) {
-      if (dtype->type == 'd') return assign_finite<double>(array);
-      if (dtype->type == 'f') return assign_finite<float>(array);
+      if (dtype->type == 'd') return assign_matrix<double>(array);
+      if (dtype->type == 'f') return assign_matrix<float>(array);
     }
   }
   Py_RETURN_NONE;
@@ -166,10 +155,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("isa_report", &isa_report, "Instruction sets: detected, selected, built, usable, error.");
   m.def("first_fit", &pack<&host::first_fit>,
         "Lengths (int64 [n], each in [0, capacity]), the capacity, the most items of a bin: each one's bin, and their number.");
-  m.def("assign", &assign<double>, py::arg().noconvert(), "Costs [N, M]: rows, columns, and whether a NaN or an infinity was replaced.");
-  m.def("assign", &assign<float>, py::arg().noconvert());
-  static PyMethodDef plain = {"assign_plain", &assign_plain, METH_O, "One matrix: rows and columns; None unless it is a contiguous float array, all finite."};
-  m.attr("assign_plain") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain, nullptr));
+  static PyMethodDef of_one = {"assign", &assign, METH_O,
+                               "Costs [N, M]: rows, columns, and whether a NaN or an infinity was replaced. None unless it is a contiguous float or double array."};
+  m.attr("assign") = py::reinterpret_steal<py::object>(PyCFunction_New(&of_one, nullptr));
   m.def("assign_all", &assign_all<float>, py::arg().noconvert(), py::arg(), py::arg(),
         "Costs [L, T, Q], the first target of each image and T, threads: the target of each query [L, B, Q] or -1, and whether one was replaced [L, B].");
   m.def("assign_all", &assign_all<double>, py::arg().noconvert(), py::arg(), py::arg());

@@ -16,13 +16,13 @@ from vitkernels import host
 from vitkernels.nn import _derived
 from vitkernels.nn._derived import Derived
 
-COMPILED = pytest.mark.skipif(host.watcher("unchanged") is None, reason="the host module is not built")
+COMPILED = pytest.mark.skipif(host.compiled("unchanged") is None, reason="the host module is not built")
 
 
 @pytest.fixture(params=[pytest.param("compiled", marks=COMPILED), "python"], autouse=True)
 def asked_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "python":
-        monkeypatch.setattr(host, "watcher", lambda name: None)
+        monkeypatch.setattr(host, "compiled", lambda name: None)
     return str(request.param)
 
 
@@ -240,7 +240,7 @@ def test_asking_keeps_no_reference(watched: Watched) -> None:
         with pytest.raises(KeyError):
             _unchanged()((), (), (), (), (), (), (missing,), ("eps",), (0.1,))
         with pytest.raises(RuntimeError):
-            (host.watcher("marks") or _derived.marks)((tensor, inference), *_derived._ASKED)
+            (host.compiled("marks") or _derived.marks)((tensor, inference), *_derived._ASKED)
 
     with torch.inference_mode():
         inference = torch.zeros(3)
@@ -254,7 +254,7 @@ def test_asking_keeps_no_reference(watched: Watched) -> None:
 
 
 def _unchanged() -> Callable[..., bool]:
-    return host.watcher("unchanged") or _derived.unchanged
+    return host.compiled("unchanged") or _derived.unchanged
 
 
 @pytest.mark.parametrize(("place", "wrong", "error"), [(0, (3,), TypeError), (5, (3,), TypeError), (4, (int,), ValueError), (6, ({},), ValueError)])

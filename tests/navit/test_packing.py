@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from vitkernels import host
 from vitkernels.navit import pack, padding
 
 METHODS = ("first_fit", "best_fit_decreasing")
-needs_module = pytest.mark.skipif(host.packer("first_fit") is None, reason="vitkernels._host is not built here, or is an older one")
+needs_module = pytest.mark.skipif(host.compiled("first_fit") is None, reason="vitkernels._host is not built here, or is an older one")
 
 lengths_and_limit = st.integers(1, 60).flatmap(lambda limit: st.tuples(st.lists(st.integers(0, limit), max_size=80), st.just(limit)))
 bounds = st.one_of(st.none(), st.integers(1, 5))
@@ -44,6 +46,18 @@ def test_bins_are_those_of_the_definition(method: Any, case: tuple[list[int], in
     assert pack(lengths, limit, method=method, max_images=most) == naive(lengths, limit, method, most or len(lengths) + 1)
 
 
+@contextlib.contextmanager
+def without_module() -> Iterator[None]:
+    """As where it is not built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "_module", lambda: None)
+        host.compiled.cache_clear()
+        try:
+            yield
+        finally:
+            host.compiled.cache_clear()
+
+
 @needs_module
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
@@ -51,22 +65,22 @@ def test_bins_are_those_of_the_definition(method: Any, case: tuple[list[int], in
 def test_without_the_compiled_module_the_same(method: Any, case: tuple[list[int], int], most: int | None) -> None:
     lengths, limit = case
     compiled = pack(lengths, limit, method=method, max_images=most)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "_module", lambda: None)
-        assert host.packer(method) is None
+    with without_module():
+        assert host.compiled(method) is None
         assert pack(lengths, limit, method=method, max_images=most) == compiled
 
 
 @needs_module
 @pytest.mark.parametrize("method", METHODS)
-def test_a_hundred_thousand_images(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_thousand_images(method: Any) -> None:
     """Far beyond what a scan of all bins could do in a test: 30 000 bins are open at a time."""
     lengths = np.random.default_rng(0).integers(1, 1000, 100_000)
     bins = pack(lengths, 1600, method=method)
     assert sorted(i for part in bins for i in part) == list(range(len(lengths)))
     assert max(lengths[part].sum() for part in bins) <= 1600
-    monkeypatch.setattr(host, "_module", lambda: None)
-    assert pack(lengths, 1600, method=method) == bins
+    with without_module():
+        assert host.compiled(method) is None
+        assert pack(lengths, 1600, method=method) == bins
 
 
 def realistic(images: int, limit: int, seed: int) -> list[int]:

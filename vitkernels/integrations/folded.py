@@ -64,7 +64,7 @@ class Evaluated(Fused):
             return None
         entry = _plans.entry(self)
         plan = entry.plan
-        if gradient_wanted([x, *entry.snapshot.tensors]):
+        if gradient_wanted((x,), entry.snapshot.tensors):
             entry.forget()
             return None
         if torch.is_autocast_enabled("cpu"):

@@ -61,7 +61,7 @@ def pack(
             f"pack: image {first} has {int(lengths[first])} tokens{others}, more than max_tokens = {max_tokens}; resize it, drop tokens "
             "or raise max_tokens"
         )
-    bin_of, bins = (host.packer(method) or _PYTHON[method])(lengths, max_tokens, max_images or max(lengths.size, 1))
+    bin_of, bins = (host.compiled(method) or _PYTHON[method])(lengths, max_tokens, max_images or max(lengths.size, 1))
     order = np.argsort(bin_of, kind="stable")
     ends = np.cumsum(np.bincount(bin_of, minlength=bins))
     return [part.tolist() for part in np.split(order, ends[:-1])] if bins else []

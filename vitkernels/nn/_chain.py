@@ -7,7 +7,6 @@ the layers of :mod:`vitkernels.ops.chain`, which are kept packed until something
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -183,7 +182,7 @@ def run(module: Any, x: Tensor) -> Tensor | str:
     steps = entry.plan
     if isinstance(steps, str):
         return steps
-    if gradient_wanted(chain((x,), entry.snapshot.tensors)):
+    if gradient_wanted((x,), entry.snapshot.tensors):
         entry.forget()
         return SILENT
     packed = entry.value((x.dtype, x.device), lambda: _packed(steps, x))

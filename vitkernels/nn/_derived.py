@@ -94,11 +94,11 @@ class _Snapshot:
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        return bool((host.watcher("unchanged") or unchanged)(*self._was))
+        return bool((host.compiled("unchanged") or unchanged)(*self._was))
 
     def marks(self) -> Hashable:
         """What changes with every write to a tensor that is counted, and with its memory; see :func:`marks`."""
-        return (host.watcher("marks") or marks)(self.tensors, *_ASKED)
+        return (host.compiled("marks") or marks)(self.tensors, *_ASKED)
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,6 @@ def drop(module: nn.Module) -> None:
         derived.drop(module)
 
 
-def gradient_wanted(tensors: Iterable[Tensor]) -> bool:
-    """True if autograd has to see what is made of ``tensors``."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def gradient_wanted(*groups: Iterable[Tensor]) -> bool:
+    """True if autograd has to see what is made of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensors in groups for tensor in tensors)

@@ -49,14 +49,17 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
     op = "linear_sum_assignment"
     if invalid not in ("replace", "raise"):
         raise ValueError(f"{op}: invalid is {invalid!r}; it must be one of 'replace', 'raise'")
-    if layout is None and (plain := host.assigner("assign_plain")) is not None and (found := plain(costs)) is not None:
-        return found
+    assign = found = None
+    if layout is None and (assign := host.compiled("assign")) is not None and (found := assign(costs)) is not None:
+        row, column, replaced = found  # of an array as it is needed: shorter than any check of it
+        if not replaced:
+            return row, column
     is_tensor = isinstance(costs, Tensor)
     array = _as_array(op, costs)
     if layout is None:
         if array.ndim != 2:
             raise ValueError(f"{op}: costs has shape {list(array.shape)}; it must be [N, M], or come with a layout")
-        row, column, replaced = (host.assigner("assign") or _solve_one)(array)
+        row, column, replaced = found or (assign or _solve_one)(array)
         if replaced:
             _report(op, invalid, "costs")
         if not is_tensor:
@@ -70,7 +73,7 @@ def linear_sum_assignment(costs: Any, layout: TargetLayout | None = None, *, inv
     if array.shape[-2] != layout.total:
         raise ValueError(f"{op}: costs has shape {list(array.shape)}; it must have T = {layout.total} rows, the targets of the layout")
     layers = array if array.ndim == 3 else array[None]
-    matches, replaced = (host.assigner("assign_all") or _solve_all)(layers, layout.offsets, torch.get_num_threads())
+    matches, replaced = (host.compiled("assign_all") or _solve_all)(layers, layout.offsets, torch.get_num_threads())
     if replaced.any():
         layer, image = (int(i) for i in np.argwhere(replaced)[0])
         where = f"the costs of image {image}" + (f" in layer {layer}" if array.ndim == 3 else "")

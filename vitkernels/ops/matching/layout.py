@@ -110,7 +110,7 @@ class TargetLayout:
             raise ValueError(f"TargetLayout: matches has shape {_check.shape_of(matches)}; it must be [B, Q] with B = {self.images}")
         if matches.dtype is not torch.int64:
             raise TypeError(f"TargetLayout: matches has dtype {matches.dtype}; it must be torch.int64")
-        queries, targets, counts = (host.assigner("pairs_of") or _pairs_of)(np.ascontiguousarray(matches.cpu().numpy()), self.offsets)
+        queries, targets, counts = (host.compiled("pairs_of") or _pairs_of)(np.ascontiguousarray(matches.cpu().numpy()), self.offsets)
         split = (torch.from_numpy(indices).split_with_sizes(counts) for indices in (queries, targets))
         return list(zip(*split, strict=True))
 
