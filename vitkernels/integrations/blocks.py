@@ -25,6 +25,7 @@ from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run,
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one
+from vitkernels.nn.head_mixing import join
 
 Attend = Callable[[Tensor, Patch], Tensor]
 """The packed projection, a map [B, 3 H D, H', W'], and the patch if it is MobileViT's map: to a map [B, H D, H', W']."""
@@ -57,14 +58,12 @@ class Block(NamedTuple):
 
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """q, k and v, [B, H, N, D] each, of the packed projection of tokens [B, 3 H D, 1, N]."""
-    batch, channels, _, tokens = qkv.shape
-    return qkv.view(batch, 3, heads, channels // (3 * heads), tokens).mT.unbind(1)
+    return dense.split(qkv.squeeze(2).mT, heads, 3)
 
 
 def _joined(out: Tensor) -> Tensor:
-    """[B, H, N, D] as a map [B, H D, 1, N]: no copy of what the ops return, [B, N, H, D] in memory."""
-    batch, heads, tokens, channels = out.shape
-    return out.mT.reshape(batch, heads * channels, 1, tokens)
+    """[B, H, N, D] as a map [B, H D, 1, N]."""
+    return join(out).mT.unsqueeze(2)
 
 
 def softmax(heads: int, scale: float | None, q_norm: Any = None, k_norm: Any = None) -> Callable[[], Attend]:

@@ -173,15 +173,28 @@ def on_map(x: Tensor, patch: tuple[int, int], *layers: Callable[[Tensor], Tensor
 
     A map that the patch does not divide is resized to one that it does, and back, as timm, transformers and the authors do it.
     """
-    (ph, pw), (height, width) = patch, x.shape[-2:]
-    size = (-(-height // ph) * ph, -(-width // pw) * pw)
-    if size != (height, width):
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    tokens = as_tokens(x, patch)
+    size = size_of(x)
+    tokens = as_tokens(resized(x, whole_patches(size, patch)), patch)
     for layer in layers:
         tokens = layer(tokens)
     # What comes out of a fold is contiguous, and the convolution after it expects no less.
-    x = as_map(tokens).contiguous()
-    if size != (height, width):
-        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
-    return x
+    return resized(as_map(tokens).contiguous(), size)
+
+
+Size = tuple[int, int]
+
+
+def size_of(x: Tensor) -> Size:
+    """Height and width of a map [B, C, H, W]."""
+    return x.shape[2], x.shape[3]
+
+
+def whole_patches(size: Size, patch: tuple[int, int]) -> Size:
+    """The size of the smallest map of whole patches that is no smaller."""
+    (height, width), (ph, pw) = size, patch
+    return -(-height // ph) * ph, -(-width // pw) * pw
+
+
+def resized(x: Tensor, size: Size, *, align_corners: bool = False) -> Tensor:
+    """A map [B, C, H, W] in another size, by bilinear interpolation; in its own, itself."""
+    return x if size == size_of(x) else F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)

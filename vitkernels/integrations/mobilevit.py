@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.integrations import blocks, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, original_name
+from vitkernels.integrations.dense import resized, size_of, whole_patches
 from vitkernels.integrations.folded import (
     Evaluated,
     InvertedResidual,
@@ -56,16 +56,6 @@ class Whole(Evaluated):
 
 def _plan(bind: Callable[[torch.dtype], Run]) -> Plan:
     return Plan(lambda dtype: left_to_pytorch(dtype) or bind(dtype))
-
-
-def _in_patches(x: Tensor, patch: Patch) -> tuple[int, int]:
-    """The size of the smallest map of whole patches that is no smaller than ``x``."""
-    (ph, pw), (height, width) = patch, x.shape[-2:]
-    return -(-height // ph) * ph, -(-width // pw) * pw
-
-
-def _resized(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    return x if size == tuple(x.shape[-2:]) else F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def _known(module: Any, name: str) -> Any:
@@ -115,10 +105,10 @@ class Separable(NamedTuple):
             if x.numel() == 0:
                 return None
             if self.resizes:
-                x = _resized(x, _in_patches(x, patch), align_corners=True)
+                x = resized(x, whole_patches(size_of(x), patch), align_corners=True)
             for one in before:
                 x = one(x)
-            if _in_patches(x, patch) != tuple(x.shape[-2:]):
+            if whole_patches(size_of(x), patch) != size_of(x):
                 return None
             for attention, mlp in layers:
                 x = attention(x, patch)
@@ -236,17 +226,18 @@ class Dense(NamedTuple):
             y = x
             for one in before:
                 y = one(y)
-            inner, outer = _in_patches(y, patch), (y.shape[2], y.shape[3])
+            outer = size_of(y)
+            inner = whole_patches(outer, patch)
             if inner != outer and not self.resizes:
                 return None
-            y = _resized(y, inner, align_corners=False)
+            y = resized(y, inner)
             for layer in layers:
                 y = layer(y, patch)
             if inner == outer:
                 y = project(y)
             else:
                 y = y if self.norm is None else self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                y = project_alone(_resized(y, outer, align_corners=False))
+                y = project_alone(resized(y, outer))
             if fusion is None:
                 return y
             return fusion(torch.cat((y, x) if self.joined_last else (x, y), 1))

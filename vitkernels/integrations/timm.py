@@ -75,10 +75,8 @@ class TimmBlock(Block):
         """The original's arguments and result."""
         if not self._vk_takes_map(x):
             return super().forward(x)
-        (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
-        size = (-(-height // ph) * ph, -(-width // pw) * pw)
-        if size != (height, width):
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        ph, pw = patch = self.patch_size
+        x = dense.resized(x, dense.whole_patches(dense.size_of(x), patch), align_corners=True)
         x = self.conv_1x1(self.conv_kxk(x))
         for layer in self.transformer:
             x = layer(x, patch_size=(ph, pw))
