@@ -40,7 +40,13 @@ const void* checked_norm(const std::optional<Tensor>& tensor, int64_t channels, 
   return data_of(tensor);
 }
 
-bool takes_pairs() { return kernels().pairs; }
+bool pairs_of(const Tensor& x, const Tensor& weight, int64_t in, int64_t hidden) {
+  if (x.scalar_type() != ScalarType::BFloat16 || weight.scalar_type() != ScalarType::BFloat16) return false;
+  STD_TORCH_CHECK(
+      kernels().pairs && in % 2 == 0 && hidden % 2 == 0,
+      "vitkernels: bfloat16 weights need bfloat16 products (avx512_bf16) and even numbers of channels, which are ", in, " and ", hidden);
+  return true;
+}
 
 }  // namespace bottleneck
 
@@ -61,11 +67,8 @@ Tensor inverted_bottleneck(
   a.batch = x.size(0), a.in = x.size(1), a.height = x.size(2), a.width = x.size(3);
   STD_TORCH_CHECK(project_weight.dim() == 3, "vitkernels::inverted_bottleneck: project_weight must be panels [panels, hidden, ", bottleneck::kPanel, "]");
   a.hidden = project_weight.size(1), a.out = out_channels;
-  a.pairs = a.dtype == Dtype::kBFloat16 && project_weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      !a.pairs || (kernels().pairs && !depthwise_weight && a.in % 2 == 0 && a.hidden % 2 == 0),
-      "vitkernels::inverted_bottleneck: bfloat16 weights need bfloat16 products (avx512_bf16), even numbers of channels, which are ", a.in, " and ", a.hidden,
-      ", and no depthwise convolution");
+  a.pairs = bottleneck::pairs_of(x, project_weight, a.in, a.hidden);
+  STD_TORCH_CHECK(!a.pairs || !depthwise_weight, "vitkernels::inverted_bottleneck: with a depthwise convolution the weights must not be bfloat16");
   const ScalarType weights = a.pairs ? ScalarType::BFloat16 : type;
   a.x = x.data_ptr();
   a.norm = static_cast<bottleneck::Norm>(norm), a.eps = eps;

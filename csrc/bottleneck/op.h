@@ -14,8 +14,8 @@ bool channels_last(const Tensor& t);
 // The data of panels [panels][depth][kPanel] of `weights` for so many output channels, which come with their bias of `type`.
 const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name);
 
-// Whether the kernels in use multiply weights in pairs (Bottleneck::pairs).
-bool takes_pairs();
+// Whether the weights of an op on `x` are pairs (Bottleneck::pairs): `weight` tells, by its dtype.
+bool pairs_of(const Tensor& x, const Tensor& weight, int64_t in, int64_t hidden);
 
 // The data of a norm's weight or bias, if it has one.
 const void* checked_norm(const std::optional<Tensor>& tensor, int64_t channels, ScalarType type);

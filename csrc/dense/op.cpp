@@ -17,6 +17,7 @@ constexpr int64_t kBiasParts = 8;
 
 // [B, H, N, D] of any strides.
 Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(2), t.stride(1), t.stride(3), t.stride(0)}; }
+
 Tensor row_numbers(const Tensor& q) {
   const int64_t heads = q.size(1), tokens = q.size(2);
   return empty_strided({q.size(0), heads, tokens}, {std::max<int64_t>(heads, 1) * std::max<int64_t>(tokens, 1), std::max<int64_t>(tokens, 1), 1}, ScalarType::Double);

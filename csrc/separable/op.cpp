@@ -168,10 +168,7 @@ Tensor separable_layer(
   a.norm = bottleneck::Norm::kSample, a.eps = eps;
   a.norm_weight = bottleneck::checked_norm(norm_weight, dim, type), a.norm_bias = bottleneck::checked_norm(norm_bias, dim, type);
   a.query = query_weight.data_ptr(), a.query_bias = query_bias.data_ptr();
-  a.pairs = a.dtype == Dtype::kBFloat16 && out_weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      !a.pairs || (bottleneck::takes_pairs() && dim % 2 == 0),
-      "vitkernels::separable_layer: bfloat16 weights need bfloat16 products (avx512_bf16) and an even number of channels, which is ", dim);
+  a.pairs = bottleneck::pairs_of(x, out_weight, dim, dim);
   const auto panels = [&](const Tensor& weight, const Tensor& bias, ScalarType weights, const char* name, const void*& weight_data, const void*& bias_data) {
     weight_data = bottleneck::checked_panels(weight, bias, dim, dim, weights, type, name), bias_data = bias.data_ptr();
   };
