@@ -470,6 +470,27 @@ def results(
     return {"output": output.detach(), **{name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}}
 
 
+def infer(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What a model gives where no gradient is wanted."""
+    with torch.no_grad():
+        return logits(model(*args, **kwargs))
+
+
+def assert_right(model: nn.Module, original: nn.Module, x: Tensor) -> None:
+    """``model`` infers what ``original`` does, by the rule against ``original`` in float64."""
+    found = compare_tensors("output", infer(model, x), infer(original, x), infer(copy.deepcopy(original).double(), x.double()))
+    assert found.holds, found
+
+
+def assert_follows(change: Callable[[nn.Module], object], model: nn.Module, original: nn.Module, x: Tensor) -> None:
+    """Both are changed, and it shows."""
+    before = infer(model, x)
+    for one in (original, model):
+        change(one)
+    assert_right(model, original, x)
+    assert not torch.allclose(infer(model, x), before)
+
+
 def inference(model: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tensor]:
     """The output of ``model`` where no gradient is wanted, which is where folded weights are kept: of the second call."""
     model.train(training)

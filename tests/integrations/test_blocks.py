@@ -17,6 +17,7 @@ from vitkernels.accuracy import compare_tensors
 from vitkernels.ops.bottleneck.op import bfloat16_products
 
 from .. import zoo
+from ..zoo import assert_follows, assert_right, infer
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -68,20 +69,10 @@ def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, vitkernel
     return original.eval(), accelerated.eval(), handle
 
 
-def run(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(x, *args, **kwargs)
-
-
-def assert_right(model: nn.Module, original: nn.Module, x: Tensor) -> None:
-    found = compare_tensors("tokens", run(model, x), run(original, x), run(copy.deepcopy(original).double(), x.double()))
-    assert found.holds, found
-
-
 def calls_of(model: nn.Module, x: Tensor) -> list[str]:
     """Every operation of a call that is no view."""
     with torch.profiler.profile() as profile:
-        run(model, x)
+        infer(model, x)
     views = ("view", "reshape", "transpose", "unsqueeze", "squeeze", "unbind", "select", "flatten", "mT", "as_strided", "permute", "expand", "empty")
     names = [event.key.partition("::")[2] for event in profile.key_averages() for _ in range(event.count)]
     return sorted(name for name in names if name and not name.startswith(("_", *views)))
@@ -99,17 +90,17 @@ def test_blocks(kind: str) -> None:
     for x in inputs:
         before = x.clone()
         assert_right(accelerated, original, x)
-        assert run(accelerated, x).is_contiguous() and torch.equal(x, before)
+        assert infer(accelerated, x).is_contiguous() and torch.equal(x, before)
     assert not handle.fallbacks
     for model in (original, accelerated):
         with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape"):
-            run(model, torch.randn(2, 5, DIM + 1))
+            infer(model, torch.randn(2, 5, DIM + 1))
 
 
 def test_four_calls_and_no_copy() -> None:
     _, accelerated, _ = pair(BLOCKS["timm"])
     x = torch.randn(2, 17, DIM)
-    run(accelerated, x)
+    infer(accelerated, x)
     assert calls_of(accelerated, x) == ["attention", *["inverted_bottleneck"] * 3]
 
 
@@ -121,12 +112,7 @@ def test_blocks_follow_their_weights(kind: str) -> None:
     first = {name: tensor.clone() for name, tensor in original.state_dict().items()}
 
     def changed(change: Callable[[nn.Module], object]) -> None:
-        """Both are changed, and it shows."""
-        before = run(accelerated, x)
-        for model in (original, accelerated):
-            change(model)
-        assert_right(accelerated, original, x)
-        assert not torch.allclose(run(accelerated, x), before)
+        assert_follows(change, accelerated, original, x)
 
     def step(model: nn.Module) -> None:
         torch.manual_seed(1)
@@ -153,7 +139,7 @@ def test_blocks_follow_their_weights(kind: str) -> None:
     assert_right(accelerated.bfloat16().float(), original.bfloat16().float(), x)
     assert not handle.fallbacks
     handle.remove()
-    assert type(accelerated) is type(original) and torch.equal(run(accelerated, x), run(original, x))
+    assert type(accelerated) is type(original) and torch.equal(infer(accelerated, x), infer(original, x))
 
 
 @pytest.mark.parametrize("kind", ["timm, all options", "vit", "ViT"])
@@ -169,7 +155,7 @@ def test_training_and_gradients_are_the_originals(kind: str) -> None:
 def test_a_hook_inside_is_called(kind: str) -> None:
     original, accelerated, handle = pair(BLOCKS[kind])
     x, seen = torch.randn(2, 9, DIM), []
-    run(accelerated, x)
+    infer(accelerated, x)
     norm = next(module for module in accelerated.modules() if isinstance(module, nn.LayerNorm))
     hook = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     assert_right(accelerated, original, x)
@@ -184,16 +170,16 @@ def test_masks_are_the_originals() -> None:
     original, accelerated, _ = pair(BLOCKS["timm"])
     x, mask = torch.randn(2, 9, DIM), torch.rand(9, 9) > 0.3
     mask.fill_diagonal_(True)
-    assert not torch.allclose(run(accelerated, x), run(accelerated, x, attn_mask=mask))
+    assert not torch.allclose(infer(accelerated, x), infer(accelerated, x, attn_mask=mask))
     for given in ({"attn_mask": mask}, {"is_causal": True}, {"attn_mask": None, "is_causal": False}):
-        torch.testing.assert_close(run(accelerated, x, **given), run(original, x, **given))
+        torch.testing.assert_close(infer(accelerated, x, **given), infer(original, x, **given))
 
 
 def test_autocast_is_the_originals() -> None:
     original, accelerated, _ = pair(BLOCKS["vit"])
     x = torch.randn(2, 9, DIM)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = run(accelerated, x), run(original, x)
+        ours, theirs = infer(accelerated, x), infer(original, x)
     assert ours.dtype is theirs.dtype
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
@@ -203,8 +189,8 @@ def test_autocast_is_the_originals() -> None:
 def test_in_bfloat16(kind: str) -> None:
     original, accelerated, handle = pair(BLOCKS[kind])
     x, scaled = torch.randn(2, 9, DIM, dtype=torch.bfloat16), kind in ("timm, all options", "Dinov2")
-    exact = run(copy.deepcopy(original).double(), x.double())
-    found = compare_tensors("tokens", run(accelerated.bfloat16(), x), run(original.bfloat16(), x), exact)
+    exact = infer(copy.deepcopy(original).double(), x.double())
+    found = compare_tensors("tokens", infer(accelerated.bfloat16(), x), infer(original.bfloat16(), x), exact)
     assert found.holds, found
     assert ("LayerScale" in handle.fallbacks.get("", "")) is scaled and (scaled or not handle.fallbacks)
 
@@ -213,7 +199,9 @@ def test_in_bfloat16(kind: str) -> None:
 def test_other_dtypes_keep_the_original(dtype: torch.dtype) -> None:
     original, accelerated, handle = pair(BLOCKS["timm"])
     x = torch.randn(2, 9, DIM, dtype=dtype)
-    found = compare_tensors("tokens", run(accelerated.to(dtype), x), run(original.to(dtype), x), run(copy.deepcopy(original).double(), x.double()))
+    found = compare_tensors(
+        "tokens", infer(accelerated.to(dtype), x), infer(original.to(dtype), x), infer(copy.deepcopy(original).double(), x.double())
+    )
     assert found.holds and str(dtype) in handle.fallbacks[""]
     assert str(dtype) in zoo.reasons(vitkernels.accelerate(copy.deepcopy(original)))[""]
 

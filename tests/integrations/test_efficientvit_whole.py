@@ -17,6 +17,7 @@ from vitkernels import native
 from vitkernels.nn import _chain
 
 from .. import zoo
+from ..zoo import infer
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))]
 MAKERS: dict[str, Callable[[], nn.Module]] = {"timm": zoo.small_efficientvit, "authors": zoo.cream_efficientvit}
@@ -40,11 +41,6 @@ def pair(model: nn.Module, images: Tensor, **options: Any) -> tuple[nn.Module, n
     original = zoo.settle(model, images).eval()
     accelerated = copy.deepcopy(original)
     return original, accelerated, vitkernels.accelerate(accelerated, **options)
-
-
-def infer(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(images)
 
 
 def assert_infers_the_same(original: nn.Module, accelerated: nn.Module, images: Tensor) -> None:

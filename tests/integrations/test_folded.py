@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import vitkernels
 from vitkernels import backends
-from vitkernels.accuracy import compare_tensors
 from vitkernels.ops.bottleneck.op import bfloat16_products
 
 from .. import zoo
+from ..zoo import assert_follows, assert_right, infer
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -54,17 +54,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers mobilevit": transformers_v1,
     "vit_pytorch mobilevit": vit_pytorch_v1,
 }
-
-
-def run(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return zoo.logits(model(images))
-
-
-def assert_right(model: nn.Module, original: nn.Module, images: Tensor) -> None:
-    exact = run(copy.deepcopy(original).double(), images.double())
-    found = compare_tensors("logits", run(model, images), run(original, images), exact)
-    assert found.holds, found
 
 
 @pytest.fixture
@@ -126,12 +115,12 @@ def test_what_is_kept_follows_the_weights(images: Tensor) -> None:
     assert_right(copy.deepcopy(accelerated), original, images)
     assert_right(accelerated.bfloat16().float(), original.bfloat16().float(), images)
     handle.remove()
-    assert torch.equal(run(accelerated, images), run(original, images))
+    assert torch.equal(infer(accelerated, images), infer(original, images))
 
 
 def test_hooks_inside_are_called(images: Tensor) -> None:
     original, accelerated, handle = zoo.pair(timm_v2(), images)
-    run(accelerated.eval(), images)
+    infer(accelerated.eval(), images)
     seen: list[torch.Size] = []
     accelerated.stages[0][0].conv2_kxk.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     assert_right(accelerated, original.eval(), images)
@@ -149,12 +138,12 @@ def test_several_threads_at_once(images: Tensor) -> None:
     _, accelerated, _ = zoo.pair(timm_v2(), images)
     accelerated.eval()
     batches = [images + i for i in range(4)]
-    expected = [run(accelerated, batch) for batch in batches]
+    expected = [infer(accelerated, batch) for batch in batches]
     found: dict[int, list[Tensor]] = {i: [] for i in range(4)}
 
     def serve(i: int) -> None:
         for _ in range(3):
-            found[i].append(run(accelerated, batches[i]))
+            found[i].append(infer(accelerated, batches[i]))
 
     threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -222,11 +211,11 @@ def test_tokens_in_any_arrangement(kind: str) -> None:
     rows = [torch.randn(*shape, 24) for shape in [(7,), (2, 5), (0, 5), (2, 3, 4, 5)]]
     for x in (*rows, torch.randn(2, 24, 5).mT, torch.randn(2, 5, 48)[..., ::2], torch.randn(5, 24).expand(3, 5, 24)):
         assert_right(accelerated, original, x)
-        assert run(accelerated, x).is_contiguous()
+        assert infer(accelerated, x).is_contiguous()
     assert not handle.fallbacks
     for model in (original, accelerated):
         with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape"):
-            run(model, torch.randn(2, 5, 25))
+            infer(model, torch.randn(2, 5, 25))
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit"])
@@ -238,12 +227,7 @@ def test_an_mlp_follows_its_weights(kind: str) -> None:
     handle = vitkernels.accelerate(accelerated)
 
     def changed(change: Callable[[nn.Module], object]) -> None:
-        """Both are changed, and it shows."""
-        before = run(accelerated, x)
-        for model in (original, accelerated):
-            change(model)
-        assert_right(accelerated, original, x)
-        assert not torch.allclose(run(accelerated, x), before)
+        assert_follows(change, accelerated, original, x)
 
     def step(model: nn.Module) -> None:
         optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
@@ -265,17 +249,17 @@ def test_an_mlp_follows_its_weights(kind: str) -> None:
     changed(lambda model: setattr(first(model, nn.GELU), "approximate", "tanh"))
     assert handle.fallbacks == {"": "its GELU is an approximate one"}
     handle.remove()
-    assert type(accelerated) is type(original) and torch.equal(run(accelerated, x), run(original, x))
+    assert type(accelerated) is type(original) and torch.equal(infer(accelerated, x), infer(original, x))
 
 
 def test_a_hook_inside_an_mlp_is_called() -> None:
     x, original = torch.randn(2, 5, 24), feed_forward("vit")
     accelerated = copy.deepcopy(original)
     handle = vitkernels.accelerate(accelerated)
-    run(accelerated, x)
+    infer(accelerated, x)
     seen: list[torch.Size] = []
     accelerated.net[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert torch.equal(run(accelerated, x), run(original, x))
+    assert torch.equal(infer(accelerated, x), infer(original, x))
     assert seen == [(2, 5, 50)] and "hook" in handle.fallbacks[""]
 
 
@@ -286,7 +270,7 @@ def test_an_mlp_in_bfloat16() -> None:
     handle = vitkernels.accelerate(accelerated)
     assert len(handle.replaced) == 1
     assert_right(accelerated, original, x)
-    assert not torch.equal(run(accelerated, x), run(original, x)) and not handle.fallbacks
+    assert not torch.equal(infer(accelerated, x), infer(original, x)) and not handle.fallbacks
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64] if bfloat16_products() else [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -294,7 +278,7 @@ def test_mlps_of_other_dtypes_are_pytorchs(dtype: torch.dtype) -> None:
     x, original = torch.randn(2, 5, 24, dtype=dtype), feed_forward("vit")
     accelerated = copy.deepcopy(original)
     handle = vitkernels.accelerate(accelerated)
-    assert torch.equal(run(accelerated.to(dtype), x), run(original.to(dtype), x))
+    assert torch.equal(infer(accelerated.to(dtype), x), infer(original.to(dtype), x))
     assert str(dtype) in handle.fallbacks[""] and str(dtype) in zoo.reasons(vitkernels.accelerate(original))[""]
 
 
