@@ -146,26 +146,30 @@ def step(
     return timing.rotating(run, [(sample, accuracy.leaves(sample)) for sample in samples])
 
 
-def _captured(contender: _Contender, samples: Sequence[Sample]) -> timing.Call:
-    """A contender's forwards as CUDA graphs, one a sample: their time is the GPU's, whatever the host takes to start it.
+def captured(call: timing.Call) -> tuple[timing.Call, Any]:
+    """A forward as a CUDA graph, and what it leaves its result in: the time of a replay is the GPU's, whatever the host takes to start it.
 
     Raises:
-        RuntimeError: the contender waits for the GPU, which a graph cannot hold.
+        RuntimeError: the call waits for the GPU, which a graph cannot hold.
     """
-    graphs = []
-    with contender.context(), torch.no_grad():
-        for sample in samples:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                contender.function(*sample.args, **sample.kwargs)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                contender.function(*sample.args, **sample.kwargs)
-            graphs.append((graph,))
-    return timing.rotating(lambda graph: graph.replay(), graphs)
+    with torch.no_grad():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+    return graph.replay, result
+
+
+def _captured(contender: _Contender, samples: Sequence[Sample]) -> timing.Call:
+    """A contender's forwards as CUDA graphs, one a sample."""
+    with contender.context():
+        graphs = [captured(partial(contender.function, *sample.args, **sample.kwargs)) for sample in samples]
+    return timing.rotating(lambda replay, _: replay(), graphs)
 
 
 def first_line(error: BaseException) -> str:
@@ -234,13 +238,13 @@ def bench_case(
         for contender, judged in list(right.values()):
             if contender.backend == "reference":
                 continue  # eager, under another name
-            captured = replace(contender, name=contender.name + GRAPH, context=contextlib.nullcontext)
+            graph = replace(contender, name=contender.name + GRAPH, context=contextlib.nullcontext)
             try:
-                calls[captured.name] = _captured(contender, samples)
+                calls[graph.name] = _captured(contender, samples)
             except RuntimeError as error:
-                refused.append(Refused(spec.name, case.name, dtype_name, mode, captured.name, first_line(error), wrong=False))
+                refused.append(Refused(spec.name, case.name, dtype_name, mode, graph.name, first_line(error), wrong=False))
                 continue
-            right[captured.name] = captured, judged
+            right[graph.name] = graph, judged
     roofs, side = _roofs(case, dtype, device)
     with torch.set_grad_enabled(backward):
         measured = timing.interleave(
