@@ -8,6 +8,7 @@ fraction of a roof is taken inside a round. A contender gets a row only if its o
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -288,6 +289,10 @@ def bench_case(
     return [row(name) for name in right], refused
 
 
+Step = tuple[OpSpec, BenchCase, torch.dtype, bool]
+"""One call of :func:`bench_case`: (op, case, dtype, backward)."""
+
+
 def plan(
     specs: Sequence[OpSpec],
     dtypes: Sequence[torch.dtype],
@@ -295,8 +300,8 @@ def plan(
     case_filter: Sequence[str] = (),
     quick: bool = False,
     device: str | torch.device = "cpu",
-) -> Iterator[tuple[OpSpec, BenchCase, torch.dtype, bool]]:
-    """The calls to :func:`bench_case` of one run: (op, case, dtype, backward).
+) -> Iterator[Step]:
+    """The calls to :func:`bench_case` of one run.
 
     Args:
         specs: the ops.
@@ -312,3 +317,11 @@ def plan(
             for with_backward in (False, True) if backward and spec.differentiable else (False,):
                 for case in cases[:2] if quick else cases:
                     yield spec, case, dtype, with_backward
+
+
+def in_turns(plan: Sequence[Step]) -> list[Step]:
+    """The same calls with the ops taking turns: a run that is cut short has measured some of each."""
+    by_op: dict[str, list[Step]] = {}
+    for one in plan:
+        by_op.setdefault(one[0].name, []).append(one)
+    return [one for turn in itertools.zip_longest(*by_op.values()) for one in turn if one is not None]

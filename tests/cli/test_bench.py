@@ -147,6 +147,34 @@ def test_plan_covers_every_case_once() -> None:
     assert [case.name for _, case, _, _ in one] == ["B16 d128 N256"]
 
 
+def test_ops_take_turns_and_none_is_lost() -> None:
+    specs = list(registry.all_specs().values())
+    plan = list(benchmark.plan(specs, [torch.float32, torch.bfloat16], backward=True))
+    turns = benchmark.in_turns(plan)
+    assert [spec.name for spec, *_ in turns[: len(specs)]] == [spec.name for spec in specs]
+    for name in registry.all_specs():
+        assert [one for one in turns if one[0].name == name] == [one for one in plan if one[0].name == name]
+
+
+def test_an_interrupt_loses_no_row(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real, begun = benchmark.bench_case, []
+
+    def second_is_interrupted(*args: Any, **kwargs: Any) -> Any:
+        begun.append(args)
+        if len(begun) == 2:
+            assert set(pandas.read_csv(tmp_path / "bench.csv").dtype) == {"float32"}, "what was measured is written at once"
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(benchmark, "bench_case", second_is_interrupted)
+    words = ("bench", SELF.name, "--case", SMALL.name, "--no-backward", "--no-compile", "--rounds", 1, "--threads", 1, "--out", tmp_path)
+    assert vitkernels(*words, "--dtype", "float32", "--dtype", "bfloat16", "--dtype", "float16").exit_code == 130
+    assert len(begun) == 2
+    assert set(pandas.read_csv(tmp_path / "bench.csv").dtype) == {"float32"}
+    assert (tmp_path / "report.md").read_text().count("left out: interrupted") == 2
+    assert (tmp_path / f"{SELF.name}.png").exists()
+
+
 def test_tuned_malloc_restarts_the_process_with_glibc_told(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     class Restarted(Exception):
         pass

@@ -147,6 +147,13 @@ def test_verify_reports_a_kernel_that_raises(vitkernels: Callable[..., Result], 
     assert "out of shared memory" in result.stderr
 
 
+def test_verify_names_what_there_was_no_time_for(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "targets", only(registry.get("separable_attention")))
+    found = report("verify", "--seconds", 0, "--threads", 1)
+    assert found["proofs"] == []
+    assert found["left_out"] == ["separable_attention on reference (cpu)"]
+
+
 def test_verify_with_nothing_to_verify_says_so(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "targets", lambda only: iter(()))
     result = vitkernels("verify")

@@ -4,7 +4,7 @@ A test asks for ``target`` (an op on a backend), ``case`` (a target, a dtype, on
 refuse). A backend that cannot run here is one skipped test per op, with its reason. ``@pytest.mark.fused`` leaves the reference backend out, where
 the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples.
 ``@pytest.mark.derivative`` leaves out the ops that nobody differentiates.
-``@pytest.mark.kernel`` is what `make test` runs again for every instruction set.
+``@pytest.mark.kernel`` is what `make test` runs again for every instruction set; `make gpu` runs it and ``@pytest.mark.gpu``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,21 +22,40 @@ from _pytest.mark import ParameterSet
 
 from vitkernels import backends, registry
 
-from .oracle import DTYPES, Target
+from .oracle import DTYPES, Case, Target
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # tests/conftest.py may have added it already; it has to be said here too for `pytest tests/contract --device cuda`.
     with contextlib.suppress(ValueError):
         parser.addoption("--device", default="cpu", help="device the contract runs on: cpu or cuda")
+    parser.addoption("--record", type=Path, help="write every test's outcome to this file as soon as it is there: a run that is cut off loses none")
+
+
+class Record:
+    """A line for every test that ran, and why it failed: outcome, seconds, name."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            print(report.outcome, f"{report.duration:.2f}", report.nodeid, file=self._file)
+            if report.failed:
+                self._file.writelines(f"    {line}\n" for line in report.longreprtext.splitlines()[-12:])
+            self._file.flush()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device", default="cpu") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine, or this build of torch, has no CUDA device")
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # the workers of pytest-xdist send their reports here
+        config.pluginmanager.register(Record(config.getoption("--record")))
     config.addinivalue_line("markers", "fused: only the backends with kernels of their own, not the reference")
     config.addinivalue_line("markers", "derivative: about gradients, so only the ops that have them")
     config.addinivalue_line("markers", "kernel: about the machine code of a kernel; the rest is the same for every instruction set")
+    config.addinivalue_line("markers", "gpu: about what is another thing on a GPU, though no kernel's machine code")
     config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow")
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that `case` covers")
 
@@ -52,6 +73,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     for name in kinds.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name])))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU, where time is short, the ops and dtypes of a test take turns: a run that is cut off has seen some of each. Thin tests come last."""
+    if config.getoption("--device", default="cpu") != "cuda":
+        return
+    turns: Counter[tuple[str, ...]] = Counter()
+
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        case = parameters.get("case")
+        of = (str(case.target), str(case.dtype)) if isinstance(case, Case) else (str(parameters.get("target")),)
+        key = (item.nodeid.partition("[")[0], *of)
+        turns[key] += 1
+        return item.get_closest_marker("thin") is not None, turns[key]
+
+    items.sort(key=turn)
 
 
 def _expand(device: str, fused: bool, derivative: bool, expand: Callable[[Target], Iterable[tuple[object, str]]]) -> Iterator[ParameterSet]:

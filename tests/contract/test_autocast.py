@@ -14,6 +14,7 @@ _DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=
 
 
 @pytest.mark.fused
+@pytest.mark.gpu
 @_DTYPES
 def test_equals_casting_by_hand(target: Target, dtype: torch.dtype) -> None:
     for sample in target.every(5):

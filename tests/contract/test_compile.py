@@ -51,6 +51,7 @@ def test_forward_and_backward(target: Target) -> None:
 
 
 @pytest.mark.fused
+@pytest.mark.gpu
 def test_inductor(target: Target) -> None:
     """The default compiler too: its code around the op does not change what the op sees."""
     # Inductor's cache on disk does not know the fake kernels: after a change of theirs it would hand out yesterday's code.

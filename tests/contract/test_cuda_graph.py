@@ -7,7 +7,7 @@ import torch
 
 from .oracle import Target, as_tuple, mapped
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.gpu]
 
 
 def test_replay_computes_on_the_new_values(target: Target) -> None:

@@ -26,6 +26,8 @@ def ocean(request: pytest.FixtureRequest) -> Iterator[Tensor]:
         pytest.skip(f"4.3 GB of address space are not to be had: {error}")
     yield storage
     del storage
+    if device != "cpu":
+        torch.cuda.empty_cache()  # other processes, each with tests of its own, need it
 
 
 def _spread(tensor: Tensor, ocean: Tensor, dim: int) -> Tensor:

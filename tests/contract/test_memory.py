@@ -35,6 +35,7 @@ def test_saved_for_backward(case: Case) -> None:
     assert saved or not result[0].numel(), "nothing is saved: the hooks saw no backward"
 
 
+@pytest.mark.gpu
 def test_peak(target: Target) -> None:
     """No intermediate the size of an activation exists at any moment, or as many as the op's README says.
 

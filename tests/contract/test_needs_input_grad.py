@@ -11,6 +11,7 @@ pytestmark = pytest.mark.fused
 
 
 @pytest.mark.derivative
+@pytest.mark.gpu
 def test_each_input_alone(target: Target, poison: None) -> None:
     for sample in target.every(4, grad=True):
         inputs = [t for t in sample.tensors() if t.requires_grad]

@@ -13,7 +13,7 @@ from vitkernels.registry import Sample
 
 from .oracle import Target, as_tuple, assert_bit_equal, cotangents, named_results
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.gpu]
 _THREADS = 6
 
 

@@ -29,6 +29,7 @@ from vitkernels.cli._common import (
     table,
     threads_option,
 )
+from vitkernels.registry import OpSpec
 
 _HEADERS = (
     "case",
@@ -78,7 +79,8 @@ def command(
 ) -> None:
     """Time ops against eager, torch.compile, their peers and the machine's roofs, interleaved in one process.
 
-    A row is written only if that contender's output and gradients were right in this very run. Without OP, every op.
+    A row is written only if that contender's output and gradients were right in this very run. Without OP, every op; on a GPU, every op with a
+    kernel there. The files of --out are written anew after every case, so that an interrupt loses none; the plots, at the end.
     """
     if tuned_malloc and report.malloc_setting() != "tuned":
         # glibc reads these when the process starts.
@@ -86,27 +88,31 @@ def command(
     target = device_of(device)
     set_threads(threads)
     try:
-        specs = [registry.get(name) for name in ops] if ops else list(registry.all_specs().values())
+        specs = [registry.get(name) for name in ops] if ops else _with_kernels(target)
     except ValueError as error:
         raise CliError(str(error)) from error
     if folder is not None:
         folder = report.results_folder(folder)
     wanted = [dtype_of(name) for name in dtypes or (("float32",) if quick else ("float32", "bfloat16"))]
     plan = list(benchmark.plan(specs, wanted, backward, cases, quick, target))
+    if seconds is not None:
+        plan = benchmark.in_turns(plan)
     if not plan:
         names = dict.fromkeys(case.name for spec in specs for case in spec.cases(target))
         raise CliError(f"no case holds {', '.join(cases)}; there are {', '.join(names)}")
 
     rows: list[Row] = []
     refused: list[Refused] = []
+    origin = report.provenance(target)
     begin = time.perf_counter()
+    interrupted = False
     with steps(len(plan)) as progress:
         for spec, case, dtype, with_backward in plan:
             progress.start(f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')}{' forward+backward' if with_backward else ''}")
             mode = "forward+backward" if with_backward else "forward"
             missing = Refused(spec.name, case.name, str(dtype).removeprefix("torch."), mode, "any", "", wrong=False)
-            if seconds is not None and time.perf_counter() - begin > seconds:
-                refused.append(replace(missing, reason="left out: the time was up"))
+            if interrupted or (seconds is not None and time.perf_counter() - begin > seconds):
+                refused.append(replace(missing, reason=f"left out: {'interrupted' if interrupted else 'the time was up'}"))
                 continue
             try:
                 good, bad = benchmark.bench_case(
@@ -114,21 +120,36 @@ def command(
                 )
             except torch.OutOfMemoryError:
                 good, bad = [], [replace(missing, variant=EAGER, reason="out of memory")]
+            except KeyboardInterrupt:
+                interrupted = True
+                good, bad = [], [replace(missing, reason="left out: interrupted")]
             rows += good
             refused += bad
+            if folder is not None:
+                write(folder, rows, refused, origin)
             progress.advance()
 
-    origin = report.provenance(target)
     if folder is not None:
         write(folder, rows, refused, origin)
+        plot(folder, rows, origin)
     if as_json:
         print_json({"provenance": origin, "rows": [asdict(r) for r in rows], "refused": [asdict(r) for r in refused]})
     else:
         _show(rows, refused)
         if folder is not None:
             out.print(f"CSV, plots and report.md are in {folder}", highlight=False)
+    if interrupted:
+        raise KeyboardInterrupt
     if any(r.wrong and r.variant.startswith(OURS) for r in refused):
         raise click.exceptions.Exit(1)
+
+
+def _with_kernels(device: torch.device) -> list[OpSpec]:
+    """What is timed if no op is named: on a GPU not those that only eager runs there."""
+    specs = registry.all_specs().values()
+    if device.type != "cuda":
+        return list(specs)
+    return [spec for spec in specs if any(benchmark.runnable_backends(spec.name, device, dtype) for dtype in DTYPES.values())]
 
 
 def _groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -181,9 +202,27 @@ def losing(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _suffix(origin: dict[str, Any]) -> str:
+    """Names carry the malloc setting, so that both runs fit in one folder."""
+    return "" if origin["malloc"] == "default" else f"-{origin['malloc']}-malloc"
+
+
+def plot(folder: Path, rows: list[Row], origin: dict[str, Any]) -> None:
+    """One plot an op."""
+    for op in dict.fromkeys(row.op for row in rows):
+        panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+        for (name, mode, dtype), group in _groups(rows).items():
+            if name == op:
+                panel = panels.setdefault(f"{mode}, {dtype}", {})
+                for row in group:
+                    if row.variant != EAGER:
+                        panel.setdefault(row.case, {})[row.variant] = (row.speedup_p20, row.speedup_p50, row.speedup_p80)
+        report.bars(folder / f"{op}{_suffix(origin)}.png", panels, "times as fast as eager (median; whiskers p20 and p80)", baseline=1.0)
+
+
 def write(folder: Path, rows: list[Row], refused: list[Refused], origin: dict[str, Any]) -> None:
-    """CSV, one plot an op, and the Markdown report. Names carry the malloc setting, so that both runs fit in one folder."""
-    suffix = "" if origin["malloc"] == "default" else f"-{origin['malloc']}-malloc"
+    """CSV and the Markdown report, which shows the plots of :func:`plot`."""
+    suffix = _suffix(origin)
     report.write_csv(folder / f"bench{suffix}.csv", [asdict(row) for row in rows], origin, COLUMNS)
     text = ["# vitkernels bench", "", report.origin_sentence(origin), ""]
     text += [
@@ -195,17 +234,10 @@ def write(folder: Path, rows: list[Row], refused: list[Refused], origin: dict[st
         "",
     ]
     for op in dict.fromkeys(row.op for row in rows):
-        panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
         text += [f"## {op}", "", f"![speed of {op}]({op}{suffix}.png)", ""]
         for (name, mode, dtype), group in _groups(rows).items():
-            if name != op:
-                continue
-            panel = panels.setdefault(f"{mode}, {dtype}", {})
-            for row in group:
-                if row.variant != EAGER:
-                    panel.setdefault(row.case, {})[row.variant] = (row.speedup_p20, row.speedup_p50, row.speedup_p80)
-            text += [f"### {mode}, {dtype}", "", report.markdown_table(_HEADERS, map(_cells, group)), "", _rounds(group), ""]
-        report.bars(folder / f"{op}{suffix}.png", panels, "times as fast as eager (median; whiskers p20 and p80)", baseline=1.0)
+            if name == op:
+                text += [f"### {mode}, {dtype}", "", report.markdown_table(_HEADERS, map(_cells, group)), "", _rounds(group), ""]
     lost = losing(rows)
     text += ["## Where not to use it", "", *([f"- {line}" for line in lost] or ["No contender was faster than ours in this run."]), ""]
     if refused:

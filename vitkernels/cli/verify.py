@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -101,9 +102,10 @@ def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds
 @click.command("verify")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timing rounds a case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="Only there; default: everywhere.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=None, help="Begin no kernel after this many; those left out are named.")
 @threads_option
 @json_option
-def command(rounds: int, device: str | None, threads: int | None, as_json: bool) -> None:
+def command(rounds: int, device: str | None, seconds: float | None, threads: int | None, as_json: bool) -> None:
     """Prove every kernel on the hardware found here.
 
     Each output and each gradient is compared with float64: a kernel may be at most twice as far off as eager PyTorch in the same dtype. Then a short
@@ -112,8 +114,13 @@ def command(rounds: int, device: str | None, threads: int | None, as_json: bool)
     set_threads(threads)
     found = list(targets(device_of(device) if device else None))
     results = []
+    left: list[str] = []
+    begin = time.perf_counter()
     with steps(2 * len(found)) as progress:
         for spec, backend, place in found:
+            if seconds is not None and time.perf_counter() - begin > seconds:
+                left.append(f"{spec.name} on {backend} ({place})")
+                continue
             result = Proof(spec.name, backend, str(place))
             results.append(result)
             progress.start(f"checking {spec.name} on {backend} ({place})")
@@ -130,9 +137,11 @@ def command(rounds: int, device: str | None, threads: int | None, as_json: bool)
 
     wrong = [line for result in results for line in (f"{result.op} on {result.backend}: {w}" for w in result.wrong)]
     if as_json:
-        print_json({"ok": not wrong, "proofs": [{**asdict(r), "slower": r.slower} for r in results]})
+        print_json({"ok": not wrong, "proofs": [{**asdict(r), "slower": r.slower} for r in results], "left_out": left})
     else:
         _show(results)
+        if left:
+            out.print(f"Left out, the time was up: {', '.join(left)}", highlight=False)
         for line in wrong:
             err.print(f"[bold red]wrong[/bold red] {line}", highlight=False)
     if wrong:
