@@ -134,6 +134,28 @@ def _roofs(case: BenchCase, dtype: torch.dtype, device: torch.device) -> tuple[d
     return {_GEMM: gemm(dtype), _GEMM32: gemm(torch.float32), _COPY: lambda: target.copy_(source)}, side
 
 
+def _twin(sample: Sample) -> Sample:
+    """The same call in memory of its own: views of one storage are views of one again."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone()
+        view = tensor.new_empty(0).set_(storages[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+        return view.requires_grad_(tensor.requires_grad)
+
+    return sample.mapped(copy)
+
+
+def cold_samples(case: BenchCase, dtype: torch.dtype, device: torch.device) -> list[Sample]:
+    """As many copies of the case's call as make it miss the GPU's cache, see :func:`vitkernels.timing.cold_copies`. They are drawn once: on the CPU,
+    a hundred million numbers take seconds.
+    """
+    first = case.make(dtype, str(device))
+    return [first, *(_twin(first) for _ in range(timing.cold_copies(case.elements_moved * dtype.itemsize, device) - 1))]
+
+
 def step(
     function: Callable[..., Any], samples: Sequence[Sample], grad_outputs: Sequence[Tensor] | None, *, allow_unused: bool = False
 ) -> timing.Call:
@@ -208,9 +230,7 @@ def bench_case(
     device = torch.device(device)
     mode = "forward+backward" if backward else "forward"
     dtype_name = str(dtype).removeprefix("torch.")
-    element_bytes = torch.empty((), dtype=dtype).element_size()
-    copies = timing.cold_copies(case.elements_moved * element_bytes, device)
-    samples = [case.make(dtype, str(device)) for _ in range(copies)]
+    samples = cold_samples(case, dtype, device)
     if backward:
         samples = [accuracy.with_grad(sample) for sample in samples]
     judge = accuracy.Judge(spec.reference, samples[0], spec.function)

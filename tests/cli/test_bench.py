@@ -252,3 +252,17 @@ def test_what_there_is_no_time_for_is_named(report: Callable[..., Any], monkeypa
     assert {(r["case"], r["reason"]) for r in found["refused"]} == {
         (c.name, "left out: the time was up") for c in registry.get("masked_pool").bench_cases
     }
+
+
+def test_a_copy_of_a_sample_keeps_its_layout_and_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark.timing, "cold_copies", lambda moved, device: 3)
+    spec = registry.get("attention")
+    samples = benchmark.cold_samples(spec.bench_cases[4], torch.bfloat16, torch.device("cpu"))
+    assert len(samples) == 3
+    q, k, v = samples[0].tensors()
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr(), "the case is of one projection"
+    for other in samples[1:]:
+        for a, b in zip((q, k, v), other.tensors(), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0)
+            assert b.stride() == a.stride() and b.untyped_storage().data_ptr() != a.untyped_storage().data_ptr()
+        assert len({t.untyped_storage().data_ptr() for t in other.tensors()}) == 1

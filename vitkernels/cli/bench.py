@@ -48,6 +48,9 @@ _HEADERS = (
 )
 
 
+_SHARE = 25  # of the --seconds of a run, what timing one case may take: a peer of a second a call must not take the others' time
+
+
 @click.command("bench")
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="May be given several times; default float32 and bfloat16.")
@@ -116,7 +119,14 @@ def command(
                 continue
             try:
                 good, bad = benchmark.bench_case(
-                    spec, case, dtype, target, backward=with_backward, compiled=compiled and not quick, rounds=min(rounds, 5) if quick else rounds
+                    spec,
+                    case,
+                    dtype,
+                    target,
+                    backward=with_backward,
+                    compiled=compiled and not quick,
+                    rounds=min(rounds, 5) if quick else rounds,
+                    budget=60.0 if seconds is None else min(60.0, seconds / _SHARE),
                 )
             except torch.OutOfMemoryError:
                 good, bad = [], [replace(missing, variant=EAGER, reason="out of memory")]

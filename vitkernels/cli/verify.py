@@ -85,8 +85,7 @@ def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds
     """Time forward and forward+backward against eager, interleaved, on the registry's bench cases."""
     for case in spec.cases(device):
         for mode in ("forward", "forward+backward") if spec.differentiable else ("forward",):
-            copies = timing.cold_copies(case.elements_moved * _TIMED_DTYPE.itemsize, device)
-            samples = [case.make(_TIMED_DTYPE, str(device)) for _ in range(copies)]
+            samples = bench.cold_samples(case, _TIMED_DTYPE, device)
             grad_outputs = None
             if mode != "forward":
                 samples = [accuracy.with_grad(sample) for sample in samples]

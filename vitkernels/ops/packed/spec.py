@@ -330,7 +330,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 def _dense_mask(segments: tuple[tuple[int, int, int, int], ...], rows: int, device: str) -> Tensor:
     """[R, 1, S, S], True where a token sees another of its row. Built once per batch, as a layout is."""
     image = torch.cat([torch.full((end - begin,), i if keys > k else -1) for i, (begin, end, k, keys) in enumerate(segments)]).view(rows, -1)
-    return ((image[:, None, :, None] == image[:, None, None, :]) & (image >= 0)[:, None, None, :]).to(device)
+    image = image.to(device)  # here: the mask of 65536 tokens takes a CPU ten seconds
+    return (image[:, None, :, None] == image[:, None, None, :]) & (image >= 0)[:, None, None, :]
 
 
 def _packed_with_dense_mask(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
