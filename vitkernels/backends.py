@@ -11,8 +11,9 @@ Four backends can exist for an op:
 ``cuda``
     CUDA C++ kernels on a GPU.
 
-``auto`` (the default) takes the first one that can run and, on a GPU, that has been proved on that architecture; otherwise the
-reference. A backend asked for by name that cannot run raises :class:`BackendUnavailable` with the reason: nothing falls back silently.
+``auto`` (the default) takes the first one that can run and, on a GPU, that has been proved on that architecture, in that dtype, with or
+without gradients as the call is made (``torch.is_grad_enabled``); otherwise the reference. A backend asked for by name that cannot run raises
+:class:`BackendUnavailable` with the reason: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -135,10 +136,11 @@ def _why_not_cuda(op: str, device: torch.device) -> str | None:
 _WHY_NOT = {"native": _why_not_native, "triton": _why_not_triton, "cuda": _why_not_cuda}
 
 
-def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, *, auto: bool = False) -> str | None:
+def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, *, auto: bool = False, training: bool | None = None) -> str | None:
     """Why backend ``name`` cannot run ``op`` on tensors of this device and dtype; ``None`` if it can.
 
-    With ``auto=True`` also why the automatic choice would pass it by: a GPU kernel that nobody has proved on this GPU.
+    With ``auto=True`` also why the automatic choice would pass it by: a GPU kernel that nobody has proved on this GPU in this dtype, for calls that
+    a backward may follow (``training``; by default, where gradients are on) or for those that none follows.
     """
     if name == "reference":
         return None
@@ -148,15 +150,18 @@ def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, *, aut
     dtypes = getattr(_support[op], name)
     if dtype not in dtypes:
         return f"dtype {dtype} is not supported ({', '.join(str(d).removeprefix('torch.') for d in dtypes)} are)"
-    if auto and device.type == "cuda" and not proof.proved(op, name, device):
-        return "not yet proved on this GPU: `vitkernels verify` checks and times it here, and makes it the default if it holds"
+    if auto and device.type == "cuda":
+        training = torch.is_grad_enabled() if training is None else training
+        if not proof.proved(op, name, device, dtype, training):
+            what = f"in {str(dtype).removeprefix('torch.')} {'with' if training else 'without'} gradients"
+            return f"not yet proved on this GPU {what}: `vitkernels verify` checks and times it here, and makes it the default if it holds"
     return None
 
 
-def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype, training: bool) -> str:
     if wanted == "auto":
         for name in _AUTO_ORDER.get(device.type, ()):
-            if why_not(op, name, device, dtype, auto=True) is None:
+            if why_not(op, name, device, dtype, auto=True, training=training) is None:
                 return name
         return "reference"
     reason = why_not(op, wanted, device, dtype)
@@ -166,7 +171,7 @@ def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 # What torch.compiler.assume_constant_result does, without importing all of torch._dynamo for it (that would double the import time of vitkernels):
-# the choice is made once per compiled graph. `_requested`, an argument, is guarded.
+# the choice is made once per compiled graph. `_requested` and the gradient mode, arguments, are guarded.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -197,7 +202,7 @@ def select(op: str, tensor: torch.Tensor, for_torch: Callable[[str], Reason] | N
                 f"backend {_requested!r} cannot run {op}: forward-mode differentiation and torch.func transforms need the reference"
             )
         return "reference"
-    chosen = _resolve(op, _requested, tensor.device, tensor.dtype)
+    chosen = _resolve(op, _requested, tensor.device, tensor.dtype, torch.is_grad_enabled())
     if for_torch is not None and _requested == "auto" and for_torch(chosen) is not None:
         return TORCH
     return chosen
@@ -239,7 +244,7 @@ def explain_for(op: str, tensor: torch.Tensor, args: Sequence[Any] = (), kwargs:
         auto_reason = reason or why_not(op, name, device, dtype, auto=True)
         candidates.append(Candidate(name, reason is None, auto_reason or ""))
     try:
-        chosen: str | None = _resolve(op, _requested, device, dtype)
+        chosen: str | None = _resolve(op, _requested, device, dtype, torch.is_grad_enabled())
     except BackendUnavailable:
         chosen = None
     rule = _support[op].torch

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels import accuracy, backends, timing
+from vitkernels import accuracy, backends, proof, timing
 from vitkernels.registry import BenchCase, OpSpec, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,8 +105,8 @@ def runnable_backends(op: str, device: torch.device, dtype: torch.dtype) -> list
     return [name for name in names if not (name == "triton" and backends.interpreting())]
 
 
-def _contenders(spec: OpSpec, tensor: Tensor, compiled: bool) -> list[_Contender]:
-    with backends.backend("auto"):
+def _contenders(spec: OpSpec, tensor: Tensor, compiled: bool, backward: bool) -> list[_Contender]:
+    with backends.backend("auto"), torch.set_grad_enabled(backward):
         chosen = backends.select(spec.name, tensor)
     ours = [_Contender(OURS, spec.function, partial(backends.backend, "auto"), chosen)]
     for name in runnable_backends(spec.name, tensor.device, tensor.dtype):
@@ -228,7 +228,7 @@ def bench_case(
         torch.OutOfMemoryError, RuntimeError: the reference itself cannot run the case here.
     """
     device = torch.device(device)
-    mode = "forward+backward" if backward else "forward"
+    mode = proof.TRAINING if backward else proof.FORWARD
     dtype_name = str(dtype).removeprefix("torch.")
     samples = cold_samples(case, dtype, device)
     if backward:
@@ -237,7 +237,7 @@ def bench_case(
 
     refused: list[Refused] = []
     right: dict[str, tuple[_Contender, accuracy.Comparison | None]] = {}
-    for contender in _contenders(spec, samples[0].tensors()[0], compiled):
+    for contender in _contenders(spec, samples[0].tensors()[0], compiled, backward):
         if contender.yardstick:
             right[contender.name] = (contender, None)
             continue

@@ -1,7 +1,8 @@
 """Where it has been shown that a GPU kernel is right and not slower than eager.
 
-A GPU kernel becomes ``auto``'s choice only on a proved architecture. Proof is one of two things: a run whose results are committed
-(:data:`COMMITTED`, filled from ``benchmarks/results/``), or a stamp that ``vitkernels verify`` wrote on this very machine.
+A GPU kernel becomes ``auto``'s choice only on a proved architecture, and there only for what was measured: in a dtype, in the forward without
+gradients or in forward and backward together. A kernel may win the one and lose the other. Proof is one of two things: a run whose results are
+committed (:data:`COMMITTED`, filled from ``benchmarks/results/``), or a stamp that ``vitkernels verify`` wrote on this very machine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,53 @@ import torch
 from vitkernels import builder
 from vitkernels._version import __version__
 
-# (op, backend, architecture such as "sm_90") -> the committed results that show it: right in every case, and in none slower than eager.
-COMMITTED: dict[tuple[str, str, str], str] = {
-    ("cascaded_group_attention", "triton", "sm_90"): "benchmarks/results/h200/bench.csv",
+FORWARD, TRAINING = "forward", "forward+backward"
+Measured = tuple[str, str]
+"""A dtype's name and what was timed in it, :data:`FORWARD` or :data:`TRAINING`."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What committed results show: right in every case of the op's ``gpu_cases``, and in none slower than eager.
+
+    Attributes:
+        results: the CSV of ``vitkernels bench``; its report says what could stand here.
+        passes: by dtype, what was timed.
+    """
+
+    results: str
+    passes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def holds(self, dtype: str, mode: str) -> bool:
+        """Whether it shows this."""
+        return mode in self.passes.get(dtype, ())
+
+
+_H200 = "benchmarks/results/h200/bench.csv"
+_BOTH = (FORWARD, TRAINING)
+# By op, backend and architecture.
+COMMITTED: dict[tuple[str, str, str], Committed] = {
+    ("cascaded_group_attention", "triton", "sm_90"): Committed(_H200, {"bfloat16": _BOTH, "float32": _BOTH}),
 }
+
+
+def shown(rows: Iterable[Mapping[str, Any]], cases: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], list[Measured]]:
+    """What the rows of ``vitkernels bench`` on a GPU show, by op and backend: in each such dtype and mode all of the op's cases have a row, which
+    those that were wrong have not, and in none of them was eager faster in the median.
+
+    Args:
+        rows: with the columns of :class:`vitkernels.bench.Row`.
+        cases: by op, the names of its cases on a GPU.
+    """
+    speeds: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["device"] == "cuda" and row["backend"] in ("triton", "cuda") and row["variant"] in ("vitkernels", f"vitkernels [{row['backend']}]"):
+            speeds.setdefault((row["op"], row["backend"], row["dtype"], row["mode"]), {})[row["case"]] = row["speedup_p50"]
+    found: dict[tuple[str, str], list[Measured]] = {}
+    for (op, backend, dtype, mode), by_case in speeds.items():
+        if all(by_case.get(case, 0.0) >= 1 for case in cases[op]):
+            found.setdefault((op, backend), []).append((dtype, mode))
+    return found
 
 
 def architecture(device: torch.device) -> str:
@@ -71,11 +117,11 @@ def read_stamps() -> list[dict[str, Any]]:
     return stamps if isinstance(stamps, list) else []
 
 
-def write_stamp(op: str, backend: str, device: torch.device) -> None:
-    """Record that ``verify`` proved ``op`` on ``backend`` here, replacing an older stamp for the same op, backend and device."""
+def write_stamp(op: str, backend: str, device: torch.device, measured: Sequence[Measured]) -> None:
+    """Record what ``verify`` proved of ``op`` on ``backend`` here, replacing an older stamp for the same op, backend and device."""
     key = stamp_key(device)
     stamps = [s for s in read_stamps() if (s.get("op"), s.get("backend"), s.get("device")) != (op, backend, key["device"])]
-    stamps.append({"op": op, "backend": backend, **key})
+    stamps.append({"op": op, "backend": backend, **key, "measured": [list(one) for one in measured]})
     path = stamp_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
@@ -85,14 +131,24 @@ def write_stamp(op: str, backend: str, device: torch.device) -> None:
 
 
 @functools.cache
-def _proved(op: str, backend: str, index: int) -> bool:
+def _proved(op: str, backend: str, index: int, dtype: str, mode: str) -> bool:
     device = torch.device("cuda", index)
-    if (op, backend, architecture(device)) in COMMITTED:
+    committed = COMMITTED.get((op, backend, architecture(device)))
+    if committed is not None and committed.holds(dtype, mode):
         return True
     wanted = {"op": op, "backend": backend, **stamp_key(device)}
-    return any(wanted.items() <= stamp.items() for stamp in read_stamps())
+    return any(wanted.items() <= stamp.items() and [dtype, mode] in stamp.get("measured", ()) for stamp in read_stamps())
 
 
-def proved(op: str, backend: str, device: torch.device) -> bool:
-    """True if ``op`` on ``backend`` is proved for this GPU, by committed results or by the user's own ``vitkernels verify``."""
-    return _proved(op, backend, device.index if device.index is not None else torch.cuda.current_device())
+def proved(op: str, backend: str, device: torch.device, dtype: torch.dtype, training: bool) -> bool:
+    """True if ``op`` on ``backend`` is proved for this GPU, by committed results or by the user's own ``vitkernels verify``.
+
+    Args:
+        op: by name.
+        backend: ``triton`` or ``cuda``.
+        device: the GPU.
+        dtype: of the call.
+        training: whether a backward may follow: what is proved of the forward alone does not hold there, nor the other way round.
+    """
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _proved(op, backend, index, str(dtype).removeprefix("torch."), TRAINING if training else FORWARD)

@@ -121,7 +121,7 @@ def test_verify_passes_what_is_right_and_times_it(report: Callable[..., Any], mo
     assert row["checked"] == 3 * (6 + 6 + 4)
     assert row["wrong"] == []
     assert 0 <= row["worst"] <= 1
-    assert set(row["speedups"]) == {"B1 d256 N16, forward", "B1 d256 N16, forward+backward"}
+    assert set(row["speedups"]) == {"B1 d256 N16, float32, forward", "B1 d256 N16, float32, forward+backward"}
 
 
 def test_verify_fails_on_a_wrong_gradient(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +161,14 @@ def test_verify_with_nothing_to_verify_says_so(vitkernels: Callable[..., Result]
     assert "vitkernels doctor" in result.stdout
 
 
-def test_a_kernel_earns_its_place_only_if_right_timed_and_nowhere_slower() -> None:
-    good = verify.Proof("op", "triton", "cuda:0", checked=9, speedups={"a": (1.1, 1.3, 1.4), "b": (0.9, 0.98, 1.01)})
-    assert good.earned
+def test_a_kernel_earns_its_place_only_where_right_timed_and_nowhere_slower() -> None:
+    fast, even, slow = (1.1, 1.3, 1.4), (0.9, 0.98, 1.01), (0.5, 0.6, 0.99)
+    forward, training = ("float32", "forward"), ("float32", "forward+backward")
+    good = verify.Proof("op", "triton", "cuda:0", checked=9, speedups={("a", *forward): fast, ("b", *forward): even, ("a", *training): fast})
+    assert good.earned == [forward, training]
     assert not dataclasses.replace(good, wrong=["grad x is off"]).earned
     assert not dataclasses.replace(good, checked=0).earned
     assert not dataclasses.replace(good, speedups={}).earned
-    slower = dataclasses.replace(good, speedups=good.speedups | {"c": (0.5, 0.6, 0.99)})
-    assert slower.slower == ["c"]
-    assert not slower.earned
+    slower = dataclasses.replace(good, speedups=good.speedups | {("b", *training): slow})
+    assert slower.slower == ["b, float32, forward+backward"]
+    assert slower.earned == [forward], "the forward is not slower"

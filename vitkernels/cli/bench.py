@@ -13,7 +13,7 @@ import click
 import torch
 
 from vitkernels import bench as benchmark
-from vitkernels import registry, report
+from vitkernels import proof, registry, report
 from vitkernels.bench import COLUMNS, DTYPES, EAGER, OURS, Refused, Row
 from vitkernels.cli._common import (
     CliError,
@@ -111,8 +111,8 @@ def command(
     interrupted = False
     with steps(len(plan)) as progress:
         for spec, case, dtype, with_backward in plan:
-            progress.start(f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')}{' forward+backward' if with_backward else ''}")
-            mode = "forward+backward" if with_backward else "forward"
+            mode = proof.TRAINING if with_backward else proof.FORWARD
+            progress.start(f"{spec.name} {case.name} {str(dtype).removeprefix('torch.')} {mode}")
             missing = Refused(spec.name, case.name, str(dtype).removeprefix("torch."), mode, "any", "", wrong=False)
             if interrupted or (seconds is not None and time.perf_counter() - begin > seconds):
                 refused.append(replace(missing, reason=f"left out: {'interrupted' if interrupted else 'the time was up'}"))
@@ -248,6 +248,10 @@ def write(folder: Path, rows: list[Row], refused: list[Refused], origin: dict[st
         for (name, mode, dtype), group in _groups(rows).items():
             if name == op:
                 text += [f"### {mode}, {dtype}", "", report.markdown_table(_HEADERS, map(_cells, group)), "", _rounds(group), ""]
+    proved = proof.shown(map(asdict, rows), {name: [case.name for case in spec.cases("cuda")] for name, spec in registry.all_specs().items()})
+    if proved:
+        text += ["## What this proves", "", "Right in every case of the op, and in none slower than eager in the median:", ""]
+        text += [f"- {op} on {backend}: {', '.join(map(' '.join, measured))}" for (op, backend), measured in proved.items()] + [""]
     lost = losing(rows)
     text += ["## Where not to use it", "", *([f"- {line}" for line in lost] or ["No contender was faster than ours in this run."]), ""]
     if refused:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from vitkernels import backends, builder, host, native, proof, registry, report
+from vitkernels import backends, bench, builder, host, native, proof, registry, report
 from vitkernels._version import __version__
 from vitkernels.cli._common import json_option, out, print_json, table, verdict
 
@@ -65,16 +65,27 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _ops() -> list[dict[str, Any]]:
-    """For each op: what a float32 call would run on, on the CPU and on each GPU, and which kernels are verified there."""
+    """For each op: what a float32 call without gradients would run on, on the CPU and on each GPU, and in what which kernels are verified there."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     rows = []
-    for name in registry.all_specs():
+    for name, spec in registry.all_specs().items():
         for device in devices:
-            with backends.backend("auto"):
+            with backends.backend("auto"), torch.no_grad():
                 chosen = backends.select(name, torch.empty(0, device=device))
-            verified = {b: proof.proved(name, b, device) for b in ("triton", "cuda") if backends.why_not(name, b, device, torch.float32) is None}
-            rows.append({"op": name, "device": str(device), "auto": chosen, "verified": verified if device.type == "cuda" else {}})
+            rows.append({"op": name, "device": str(device), "auto": chosen, "verified": _verified(spec, device) if device.type == "cuda" else {}})
     return rows
+
+
+def _verified(spec: registry.OpSpec, device: torch.device) -> dict[str, dict[str, bool]]:
+    """By GPU backend, in which dtypes and modes ``auto`` may take the op's kernel, and in which not yet."""
+    found: dict[str, dict[str, bool]] = {}
+    for backend in ("triton", "cuda"):
+        for name, dtype in bench.DTYPES.items():
+            if backends.why_not(spec.name, backend, device, dtype) is None:
+                for training in (False, True) if spec.differentiable else (False,):
+                    mode = f"{name} {proof.TRAINING if training else proof.FORWARD}"
+                    found.setdefault(backend, {})[mode] = proof.proved(spec.name, backend, device, dtype, training)
+    return found
 
 
 def diagnose() -> dict[str, Any]:
@@ -83,7 +94,7 @@ def diagnose() -> dict[str, Any]:
     backend_rows = [_Backend("reference", True, True, "plain PyTorch, always there", ""), _native(), _triton(), _cuda()]
     fixes = {row.fix: f"the {row.name} backend" for row in backend_rows if row.fix}
     ops = _ops()
-    if any(not all(row["verified"].values()) for row in ops):
+    if any(not all(modes.values()) for row in ops for modes in row["verified"].values()):
         fixes["vitkernels verify"] = "GPU kernels as the default of auto: it checks and times them here"
     return {
         "versions": {
@@ -107,6 +118,12 @@ def diagnose() -> dict[str, Any]:
         "ops": ops,
         "fixes": fixes,
     }
+
+
+def _in_words(modes: dict[str, bool]) -> str:
+    """What is verified of a kernel: yes, no, or in what."""
+    done = [mode for mode, verified in modes.items() if verified]
+    return "no" if not done else "yes" if len(done) == len(modes) else ", ".join(done)
 
 
 @click.command("doctor")
@@ -137,7 +154,7 @@ def command(as_json: bool) -> None:
     out.print(table("Machine", ("", ""), machine))
     ops = []
     for row in found["ops"]:
-        proofs = ", ".join(f"{name}: {'yes' if done else 'no'}" for name, done in row["verified"].items())
+        proofs = "; ".join(f"{name}: {_in_words(modes)}" for name, modes in row["verified"].items())
         ops.append(
             (row["op"], row["device"], row["auto"], proofs or "needs no proof on the CPU" if row["device"] == "cpu" else proofs or "no GPU kernel")
         )

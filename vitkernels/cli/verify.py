@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from vitkernels import accuracy, backends, bench, proof, registry, timing
 from vitkernels.cli._common import device_of, err, json_option, out, print_json, set_threads, steps, table, threads_option, verdict
 from vitkernels.registry import OpSpec
 
-_TIMED_DTYPE = torch.float32
+Speed = tuple[float, float, float]
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Proof:
         checked: tensors (outputs and gradients) that were compared with float64.
         wrong: those that broke the rule, in words.
         worst: the largest error as a fraction of what the rule allows.
-        speedups: paired speed against eager by case and mode: (p20, p50, p80).
-        stamped: ``auto`` takes the kernel on this GPU from now on.
+        speedups: paired speed against eager by case, dtype and mode: (p20, p50, p80).
+        stamped: the dtypes and modes in which ``auto`` takes the kernel on this GPU from now on.
     """
 
     op: str
@@ -35,18 +36,21 @@ class Proof:
     checked: int = 0
     worst: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    speedups: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    stamped: bool = False
+    speedups: dict[tuple[str, str, str], Speed] = field(default_factory=dict)
+    stamped: list[proof.Measured] = field(default_factory=list)
 
     @property
     def slower(self) -> list[str]:
-        """The cases where eager is faster even at the 80th percentile."""
-        return [case for case, (_, _, p80) in self.speedups.items() if p80 < 1]
+        """The calls where eager is faster even at the 80th percentile."""
+        return [", ".join(call) for call, (_, _, p80) in self.speedups.items() if p80 < 1]
 
     @property
-    def earned(self) -> bool:
-        """Whether this is proof enough for ``auto`` to take the kernel: it was checked and timed, it is right, and nowhere slower."""
-        return self.checked > 0 and bool(self.speedups) and not self.wrong and not self.slower
+    def earned(self) -> list[proof.Measured]:
+        """In what ``auto`` may take the kernel: it was checked and is right, and in that dtype and mode it was timed and nowhere slower."""
+        if not self.checked or self.wrong:
+            return []
+        lost = {call[1:] for call, (_, _, p80) in self.speedups.items() if p80 < 1}
+        return [measured for measured in dict.fromkeys(call[1:] for call in self.speedups) if measured not in lost]
 
 
 def targets(only: torch.device | None = None) -> Iterator[tuple[OpSpec, str, torch.device]]:
@@ -82,20 +86,22 @@ def check(spec: OpSpec, backend: str, device: torch.device, result: Proof) -> No
 
 
 def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds: int) -> None:
-    """Time forward and forward+backward against eager, interleaved, on the registry's bench cases."""
-    for case in spec.cases(device):
-        for mode in ("forward", "forward+backward") if spec.differentiable else ("forward",):
-            samples = bench.cold_samples(case, _TIMED_DTYPE, device)
+    """Time forward and forward+backward against eager, interleaved, on the bench cases: on a GPU, where ``auto`` goes by it, in each dtype."""
+    dtypes = {name: dtype for name, dtype in bench.DTYPES.items() if backends.why_not(spec.name, backend, device, dtype) is None}
+    modes = (proof.FORWARD, proof.TRAINING) if spec.differentiable else (proof.FORWARD,)
+    for name in dtypes if device.type == "cuda" else ("float32",):
+        for mode, case in itertools.product(modes, spec.cases(device)):
+            samples = bench.cold_samples(case, bench.DTYPES[name], device)
             grad_outputs = None
-            if mode != "forward":
+            if mode == proof.TRAINING:
                 samples = [accuracy.with_grad(sample) for sample in samples]
                 with torch.no_grad():
                     grad_outputs = accuracy.output_gradients(spec.reference(*samples[0].args, **samples[0].kwargs))
-            calls = {name: bench.step(function, samples, grad_outputs) for name, function in (("ours", spec.function), ("eager", spec.reference))}
+            calls = {who: bench.step(function, samples, grad_outputs) for who, function in (("ours", spec.function), ("eager", spec.reference))}
             with torch.set_grad_enabled(grad_outputs is not None):
                 measured = timing.interleave(calls, rounds=rounds, budget=5.0, device=device, contexts={"ours": partial(backends.backend, backend)})
             speedup = measured.speedup("ours", over="eager")
-            result.speedups[f"{case.name}, {mode}"] = (speedup.p20, speedup.p50, speedup.p80)
+            result.speedups[case.name, name, mode] = (speedup.p20, speedup.p50, speedup.p80)
 
 
 @click.command("verify")
@@ -108,7 +114,8 @@ def command(rounds: int, device: str | None, seconds: float | None, threads: int
     """Prove every kernel on the hardware found here.
 
     Each output and each gradient is compared with float64: a kernel may be at most twice as far off as eager PyTorch in the same dtype. Then a short
-    timing against eager. A GPU kernel that is right and nowhere slower becomes the default on this GPU. Exit code 1 if anything is wrong.
+    timing against eager. A GPU kernel that is right becomes the default on this GPU in each dtype, with or without gradients, in which it is nowhere
+    slower. Exit code 1 if anything is wrong.
     """
     set_threads(threads)
     found = list(targets(device_of(device) if device else None))
@@ -131,12 +138,13 @@ def command(rounds: int, device: str | None, seconds: float | None, threads: int
                 race(spec, backend, place, result, rounds)
             progress.advance()
             if place.type == "cuda" and result.earned:
-                proof.write_stamp(spec.name, backend, place)
-                result.stamped = True
+                result.stamped = result.earned
+                proof.write_stamp(spec.name, backend, place, result.stamped)
 
     wrong = [line for result in results for line in (f"{result.op} on {result.backend}: {w}" for w in result.wrong)]
     if as_json:
-        print_json({"ok": not wrong, "proofs": [{**asdict(r), "slower": r.slower} for r in results], "left_out": left})
+        proofs = [{**asdict(r), "speedups": {", ".join(call): s for call, s in r.speedups.items()}, "slower": r.slower} for r in results]
+        print_json({"ok": not wrong, "proofs": proofs, "left_out": left})
     else:
         _show(results)
         if left:
@@ -167,6 +175,10 @@ def _outcome(result: Proof) -> str:
         if result.backend == "triton":
             return "does not take it: Triton's interpreter is for tests"
         return "takes it, and should not: VITKERNELS_BACKEND=reference avoids it" if result.wrong else "takes it"
-    if result.stamped:
-        return "takes it on this GPU from now on"
-    return "does not take it: wrong" if result.wrong else f"does not take it: slower on {'; '.join(result.slower)}"
+    if result.wrong:
+        return "does not take it: wrong"
+    slower = f"slower on {'; '.join(result.slower)}"
+    if not result.stamped:
+        return f"does not take it: {slower}"
+    taken = f"takes it on this GPU from now on: {', '.join(map(' '.join, result.stamped))}"
+    return f"{taken}; {slower}" if result.slower else taken
