@@ -101,7 +101,12 @@ bench: setup
 # No virtual environment: the machine's own python3 and torch are what is to be proved. The build takes the CUDA kernels, too, where nvcc is; `BUILD=`
 # leaves it out where the libraries of vitkernels/_lib are there. Most of the time goes into compiling Triton's kernels, so pytest-xdist is used where it
 # is installed. Every part has its limit, and writes what it has found as it finds it: all of it takes under nine minutes, and what is cut off loses
-# nothing. A part that fails does not stop those behind it; the target then fails at the end.
+# nothing. CONTRACT, VERIFY, BENCH and MODELS are the seconds of the parts, for another division of the time. A part that fails does not stop those
+# behind it; the target then fails at the end.
+CONTRACT = 165
+VERIFY = 30
+BENCH = 105
+MODELS = 70
 BUILD = $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-build-isolation --no-deps --editable .
 GPU_RESULTS = $(RESULTS)/gpu
 SANITIZED := (cuda-cascaded_group_attention and not batch_norm and (2x24x8x9 or 1x40x7x7 or 1x20x14x14)) or (cuda-re_attention and (2x4x9 or 2x3x20))
@@ -113,7 +118,7 @@ gpu:
 	@$(PYTHON) -m vitkernels doctor
 	@mkdir -p build; rm -f build/gpu-failed
 	@workers=$$($(PYTHON) -c "import importlib.util as u; print('--numprocesses=auto --maxschedchunk=4' if u.find_spec('xdist') else '')"); \
-	$(LIMITED) 165 $(PYTHON) -m pytest --quiet $$workers tests/contract --device cuda -m "kernel or gpu" -k "triton or cuda" \
+	$(LIMITED) $(CONTRACT) $(PYTHON) -m pytest --quiet $$workers tests/contract --device cuda -m "kernel or gpu" -k "triton or cuda" \
 	  --record $(GPU_RESULTS)/contract.txt || touch build/gpu-failed
 	@echo "tests passed, failed and skipped: $$(cut -d ' ' -f 1 $(GPU_RESULTS)/contract.txt | grep . | sort | uniq -c | xargs)"
 	@if ! command -v compute-sanitizer >/dev/null; then \
@@ -125,10 +130,11 @@ gpu:
 	      $(PYTHON) -m pytest --quiet tests/contract/test_forward_backward.py --device cuda -k "$(SANITIZED)" || touch build/gpu-failed; \
 	  done; \
 	fi
-	@$(LIMITED) 50 $(PYTHON) -m vitkernels verify --device cuda --rounds 3 --seconds 30 || touch build/gpu-failed
-	@$(LIMITED) 130 $(PYTHON) -m vitkernels bench --device cuda --no-compile --rounds 5 --dtype bfloat16 --dtype float32 --seconds 105 --out $(GPU_RESULTS) \
+	@$(LIMITED) $$(($(VERIFY) + 20)) $(PYTHON) -m vitkernels verify --device cuda --rounds 3 --seconds $(VERIFY) || touch build/gpu-failed
+	@$(LIMITED) $$(($(BENCH) + 25)) $(PYTHON) -m vitkernels bench --device cuda --no-compile --rounds 5 --dtype bfloat16 --dtype float32 \
+	  --seconds $(BENCH) --out $(GPU_RESULTS) || touch build/gpu-failed
+	@$(LIMITED) $$(($(MODELS) + 30)) $(PYTHON) benchmarks/whole_models_gpu.py --total $(MODELS) --seconds 3 --rounds 7 --out $(GPU_RESULTS) \
 	  || touch build/gpu-failed
-	@$(LIMITED) 100 $(PYTHON) benchmarks/whole_models_gpu.py --total 70 --seconds 3 --rounds 7 --out $(GPU_RESULTS) || touch build/gpu-failed
 	@test ! -e build/gpu-failed || { echo "make gpu: a part failed, see above"; exit 1; }
 
 lint: $(VENV)/.requirements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from vitkernels import backends, builder, native, proof, registry
+from vitkernels import backends, builder, native, proof, registry, timing
 from vitkernels.cli import verify
 from vitkernels.registry import OpSpec
 
@@ -152,6 +153,22 @@ def test_verify_names_what_there_was_no_time_for(report: Callable[..., Any], mon
     found = report("verify", "--seconds", 0, "--threads", 1)
     assert found["proofs"] == []
     assert found["left_out"] == ["separable_attention on reference (cpu)"]
+
+
+def test_what_was_timed_in_part_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = registry.get("separable_attention")
+    two = dataclasses.replace(spec, bench_cases=spec.bench_cases[2:4])
+    result = verify.Proof(spec.name, "reference", "cpu", checked=1)
+    clock = itertools.count()  # one look a case: the second case of the backward is past the time
+    monkeypatch.setattr(verify.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        verify.timing, "interleave", lambda *a, **k: timing.Measurement({w: timing.Timing((1.0,)) for w in ("ours", "eager")}, 1, 0, False)
+    )
+    with pytest.raises(verify.TimeUp):
+        verify.race(two, "reference", CPU, result, rounds=1, until=2.5)
+    assert result.earned == [("float32", "forward")]
+    with pytest.raises(verify.TimeUp):
+        verify.check(two, "reference", CPU, result, until=2.5)
 
 
 def test_verify_with_nothing_to_verify_says_so(vitkernels: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vitkernels import backends, proof, registry
+from vitkernels.cli import doctor
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
@@ -105,3 +106,15 @@ def test_auto_goes_no_further_than_the_stamp(gpu: Path) -> None:
     gpu.write_text(json.dumps(stamps))
     proof._proved.cache_clear()
     assert taken() == set()
+
+
+def test_doctor_says_in_what_a_kernel_is_verified(gpu: Path) -> None:
+    assert set(doctor._verified(registry.get(OP), GPU)["triton"].values()) == {False}
+    proof.write_stamp(OP, "triton", GPU, [("float32", "forward")])
+    found = doctor._verified(registry.get(OP), GPU)["triton"]
+    assert [mode for mode, verified in found.items() if verified] == ["float32 forward"]
+    assert doctor._in_words(found) == "float32 forward"
+    assert doctor._in_words(dict.fromkeys(found, True)) == "yes"
+    assert set(doctor._verified(registry.get("pairwise_box_cost"), GPU)["triton"]) == {
+        f"{dtype} forward" for dtype in ("float32", "bfloat16", "float16")
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,10 @@ from vitkernels.cli._common import device_of, err, json_option, out, print_json,
 from vitkernels.registry import OpSpec
 
 Speed = tuple[float, float, float]
+
+
+class TimeUp(Exception):
+    """There was no time to look at all of a kernel."""
 
 
 @dataclass
@@ -65,13 +70,19 @@ def targets(only: torch.device | None = None) -> Iterator[tuple[OpSpec, str, tor
                     yield spec, name, device
 
 
-def check(spec: OpSpec, backend: str, device: torch.device, result: Proof) -> None:
-    """Hold every registry sample, its output and every gradient, to the accuracy rule in every dtype of the backend."""
+def check(spec: OpSpec, backend: str, device: torch.device, result: Proof, until: float = math.inf) -> None:
+    """Hold every registry sample, its output and every gradient, to the accuracy rule in every dtype of the backend.
+
+    Raises:
+        TimeUp: ``time.perf_counter()`` passed ``until``.
+    """
     small = backend == "triton" and device.type == "cpu"
     for dtype_name, dtype in bench.DTYPES.items():
         if backends.why_not(spec.name, backend, device, dtype) is not None:
             continue
         for sample in spec.samples(dtype, str(device), grad=True, small=small):
+            if time.perf_counter() > until:
+                raise TimeUp
             where = f"{dtype_name}, {sample.name}"
             judge = accuracy.Judge(spec.reference, sample, spec.function)
             try:
@@ -85,12 +96,19 @@ def check(spec: OpSpec, backend: str, device: torch.device, result: Proof) -> No
             result.wrong += [f"{where}: {c.name} is off by {c.error:.2e}, eager by {c.eager_error:.2e}" for c in comparisons if not c.holds]
 
 
-def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds: int) -> None:
-    """Time forward and forward+backward against eager, interleaved, on the bench cases: on a GPU, where ``auto`` goes by it, in each dtype."""
+def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds: int, until: float = math.inf) -> None:
+    """Time forward and forward+backward against eager, interleaved, on the bench cases: on a GPU, where ``auto`` goes by it, in each dtype.
+
+    Raises:
+        TimeUp: ``time.perf_counter()`` passed ``until``; of the dtype and mode under way nothing is kept.
+    """
     dtypes = {name: dtype for name, dtype in bench.DTYPES.items() if backends.why_not(spec.name, backend, device, dtype) is None}
     modes = (proof.FORWARD, proof.TRAINING) if spec.differentiable else (proof.FORWARD,)
-    for name in dtypes if device.type == "cuda" else ("float32",):
-        for mode, case in itertools.product(modes, spec.cases(device)):
+    for name, mode in itertools.product(dtypes if device.type == "cuda" else ("float32",), modes):
+        speeds: dict[tuple[str, str, str], Speed] = {}
+        for case in spec.cases(device):
+            if time.perf_counter() > until:
+                raise TimeUp
             samples = bench.cold_samples(case, bench.DTYPES[name], device)
             grad_outputs = None
             if mode == proof.TRAINING:
@@ -101,13 +119,14 @@ def race(spec: OpSpec, backend: str, device: torch.device, result: Proof, rounds
             with torch.set_grad_enabled(grad_outputs is not None):
                 measured = timing.interleave(calls, rounds=rounds, budget=5.0, device=device, contexts={"ours": partial(backends.backend, backend)})
             speedup = measured.speedup("ours", over="eager")
-            result.speedups[case.name, name, mode] = (speedup.p20, speedup.p50, speedup.p80)
+            speeds[case.name, name, mode] = (speedup.p20, speedup.p50, speedup.p80)
+        result.speedups |= speeds
 
 
 @click.command("verify")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Timing rounds a case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="Only there; default: everywhere.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=None, help="Begin no kernel after this many; those left out are named.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=None, help="Stop after this many; what is left out is named.")
 @threads_option
 @json_option
 def command(rounds: int, device: str | None, seconds: float | None, threads: int | None, as_json: bool) -> None:
@@ -129,14 +148,18 @@ def command(rounds: int, device: str | None, seconds: float | None, threads: int
                 continue
             result = Proof(spec.name, backend, str(place))
             results.append(result)
-            progress.start(f"checking {spec.name} on {backend} ({place})")
-            check(spec, backend, place, result)
-            progress.advance()
             interpreted = backend == "triton" and place.type == "cpu"
-            if not result.wrong and not interpreted:
-                progress.start(f"timing {spec.name} on {backend} ({place})")
-                race(spec, backend, place, result, rounds)
-            progress.advance()
+            until = math.inf if seconds is None else begin + seconds
+            try:
+                progress.start(f"checking {spec.name} on {backend} ({place})")
+                check(spec, backend, place, result, until)
+                progress.advance()
+                if not result.wrong and not interpreted:
+                    progress.start(f"timing {spec.name} on {backend} ({place})")
+                    race(spec, backend, place, result, rounds, until)
+                progress.advance()
+            except TimeUp:
+                left.append(f"{spec.name} on {backend} ({place}), in part")
             if place.type == "cuda" and result.earned:
                 result.stamped = result.earned
                 proof.write_stamp(spec.name, backend, place, result.stamped)
@@ -146,7 +169,8 @@ def command(rounds: int, device: str | None, seconds: float | None, threads: int
         proofs = [{**asdict(r), "speedups": {", ".join(call): s for call, s in r.speedups.items()}, "slower": r.slower} for r in results]
         print_json({"ok": not wrong, "proofs": proofs, "left_out": left})
     else:
-        _show(results)
+        if results or not left:
+            _show(results)
         if left:
             out.print(f"Left out, the time was up: {', '.join(left)}", highlight=False)
         for line in wrong:
@@ -179,6 +203,6 @@ def _outcome(result: Proof) -> str:
         return "does not take it: wrong"
     slower = f"slower on {'; '.join(result.slower)}"
     if not result.stamped:
-        return f"does not take it: {slower}"
+        return f"does not take it: {slower if result.slower else 'not timed'}"
     taken = f"takes it on this GPU from now on: {', '.join(map(' '.join, result.stamped))}"
     return f"{taken}; {slower}" if result.slower else taken
