@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # tests/conftest.py may have added it already; it has to be said here too for `pytest tests/contract --device cuda`.
     with contextlib.suppress(ValueError):
         parser.addoption("--device", default="cpu", help="device the contract runs on: cpu or cuda")
+    parser.addoption("--op", action="append", help="only this op; may be given several times. The samples of the others are not made")
     parser.addoption("--record", type=Path, help="write every test's outcome to this file as soon as it is there: a run that is cut off loses none")
 
 
@@ -72,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "bad_call": _bad_calls,
     }
     for name in kinds.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name])))
+        metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name], metafunc.config.getoption("--op"))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,9 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=turn)
 
 
-def _expand(device: str, fused: bool, derivative: bool, expand: Callable[[Target], Iterable[tuple[object, str]]]) -> Iterator[ParameterSet]:
+def _expand(
+    device: str, fused: bool, derivative: bool, expand: Callable[[Target], Iterable[tuple[object, str]]], ops: list[str] | None
+) -> Iterator[ParameterSet]:
     """Every op on every backend, expanded into the parameters (with their ids) that a test runs on; one skipped parameter where it cannot run."""
-    for spec in registry.all_specs().values():
+    for spec in map(registry.get, ops) if ops else registry.all_specs().values():
         if derivative and not spec.differentiable:
             continue
         for backend in backends.BACKENDS[1:] if fused else backends.BACKENDS:
