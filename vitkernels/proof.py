@@ -10,16 +10,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vitkernels import builder
 from vitkernels._version import __version__
+
+if TYPE_CHECKING:
+    from vitkernels.registry import OpSpec
 
 FORWARD, TRAINING = "forward", "forward+backward"
 Measured = tuple[str, str]
@@ -28,7 +32,7 @@ Measured = tuple[str, str]
 
 @dataclass(frozen=True)
 class Committed:
-    """What committed results show: right in every case of the op's ``gpu_cases``, and in none slower than eager.
+    """What committed results show: right in every case of the op's ``gpu_cases``, and in none slower than what would run otherwise.
 
     Attributes:
         results: the CSV of ``vitkernels bench``; its report says what could stand here.
@@ -51,22 +55,29 @@ COMMITTED: dict[tuple[str, str, str], Committed] = {
 }
 
 
-def shown(rows: Iterable[Mapping[str, Any]], cases: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], list[Measured]]:
+def shown(rows: Iterable[Mapping[str, Any]], specs: Mapping[str, OpSpec]) -> dict[tuple[str, str], list[Measured]]:
     """What the rows of ``vitkernels bench`` on a GPU show, by op and backend: in each such dtype and mode all of the op's cases have a row, which
-    those that were wrong have not, and in none of them was eager faster in the median.
+    those that were wrong have not, and in none of them was eager, or a peer that would run ``otherwise``, faster in the median.
 
     Args:
         rows: with the columns of :class:`vitkernels.bench.Row`.
-        cases: by op, the names of its cases on a GPU.
+        specs: of the ops, by name.
     """
-    speeds: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    # (op, dtype, mode) -> case -> contender -> milliseconds. A kernel is named by its backend, whether ``auto`` took it or it was asked for.
+    times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
     for row in rows:
-        if row["device"] == "cuda" and row["backend"] in ("triton", "cuda") and row["variant"] in ("vitkernels", f"vitkernels [{row['backend']}]"):
-            speeds.setdefault((row["op"], row["backend"], row["dtype"], row["mode"]), {})[row["case"]] = row["speedup_p50"]
+        if row["device"] == "cuda":
+            ours = row["backend"] in ("triton", "cuda") and row["variant"] in ("vitkernels", f"vitkernels [{row['backend']}]")
+            case = times.setdefault((row["op"], row["dtype"], row["mode"]), {}).setdefault(row["case"], {})
+            case[row["backend"] if ours else row["variant"]] = row["p50_ms"]
     found: dict[tuple[str, str], list[Measured]] = {}
-    for (op, backend, dtype, mode), by_case in speeds.items():
-        if all(by_case.get(case, 0.0) >= 1 for case in cases[op]):
-            found.setdefault((op, backend), []).append((dtype, mode))
+    for (op, dtype, mode), by_case in times.items():
+        spec = specs[op]
+        for backend in ("triton", "cuda"):
+            others = ("eager", *spec.otherwise)
+            here = [by_case.get(case.name, {}) for case in spec.cases("cuda")]
+            if all(backend in case and all(case[backend] <= case.get(other, math.inf) for other in others) for case in here):
+                found.setdefault((op, backend), []).append((dtype, mode))
     return found
 
 
@@ -78,9 +89,9 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def kernel_fingerprint() -> str:
-    """A hash of the GPU kernels' sources, Triton and CUDA C++: a changed kernel invalidates its stamp."""
+    """A hash of the GPU kernels' sources, Triton (with what its kernels share) and CUDA C++: a changed kernel invalidates its stamp."""
     digest = hashlib.sha256()
-    for path in [*sorted((Path(__file__).parent / "ops").rglob("triton.py")), *builder.cuda_inputs()]:
+    for path in [*sorted((Path(__file__).parent / "ops").rglob("*triton.py")), *builder.cuda_inputs()]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

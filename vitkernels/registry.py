@@ -105,6 +105,8 @@ class OpSpec:
         bench_cases: shapes for ``vitkernels bench`` and ``benchmarks/`` on a CPU.
         gpu_cases: the same on a GPU: batches that fill it, and one that does not; by default ``bench_cases``.
         peers: other ways to compute the same thing, by the name a report prints; same signature as ``function``.
+        otherwise: those of the peers that a model runs, or ``auto`` calls, where no kernel is taken. On a GPU a kernel has to beat them, and eager,
+            to become ``auto``'s choice.
         yardsticks: what is timed beside them although it computes something else, such as plain attention; same signature, never judged.
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
@@ -134,6 +136,7 @@ class OpSpec:
     working_activations: tuple[int, int] = (1, 1)
     gpu_working_activations: tuple[int, int] | None = None
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    otherwise: tuple[str, ...] = ()
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
     known_inexact: tuple[tuple[str, torch.dtype, str], ...] = ()
@@ -144,6 +147,8 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schema", self.schema or self.name)
+        if unknown := set(self.otherwise) - set(self.peers):
+            raise ValueError(f"{self.name}: otherwise names {', '.join(sorted(unknown))}, which must be among the peers")
 
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of what a call on tensors of this dtype, or under autocast to it, returns."""

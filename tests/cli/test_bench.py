@@ -138,6 +138,18 @@ def test_losing_cases_are_kept() -> None:
     assert command.losing([dataclasses.replace(row, ours_speedup=1.5) for row in rows]) == []
 
 
+def test_a_report_of_a_gpu_says_what_it_proves(tmp_path: Path) -> None:
+    rows, _ = benchmark.bench_case(SELF, SMALL, torch.float32, rounds=1, compiled=False)
+    (eager,) = (dataclasses.replace(row, device="cuda", p50_ms=1.0) for row in rows if row.variant == "eager")
+    kernel = dataclasses.replace(eager, variant="vitkernels [triton]", backend="triton", p50_ms=0.5)
+    both = [dataclasses.replace(one, case=case.name) for case in SELF.gpu_cases for one in (eager, kernel)]
+    origin = reports.provenance()
+    command.write(tmp_path, both, [], origin)
+    assert "- separable_self_attention on triton: float32 forward\n" in (tmp_path / "report.md").read_text()
+    command.write(tmp_path, both[:-1], [], origin)
+    assert "What this proves" not in (tmp_path / "report.md").read_text(), "the last case has no row of the kernel"
+
+
 def test_plan_covers_every_case_once() -> None:
     specs = list(registry.all_specs().values())
     full = list(benchmark.plan(specs, [torch.float32, torch.bfloat16], backward=True))

@@ -162,7 +162,7 @@ def test_what_was_timed_in_part_earns_nothing(monkeypatch: pytest.MonkeyPatch) -
     clock = itertools.count()  # one look a case: the second case of the backward is past the time
     monkeypatch.setattr(verify.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
-        verify.timing, "interleave", lambda *a, **k: timing.Measurement({w: timing.Timing((1.0,)) for w in ("ours", "eager")}, 1, 0, False)
+        verify.timing, "interleave", lambda *a, **k: timing.Measurement({w: timing.Timing((1.0,)) for w in ("vitkernels", "eager")}, 1, 0, False)
     )
     with pytest.raises(verify.TimeUp):
         verify.race(two, "reference", CPU, result, rounds=1, until=2.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,31 +24,40 @@ OP = "separable_attention"
 def test_a_committed_proof_is_in_the_results(op: str, backend: str, architecture: str) -> None:
     committed = proof.COMMITTED[op, backend, architecture]
     frame = pandas.read_csv(ROOT / committed.results, comment="#")
-    shown = proof.shown(frame.to_dict("records"), {name: [case.name for case in registry.get(name).cases("cuda")] for name in set(frame.op)})
+    shown = proof.shown(frame.to_dict("records"), registry.all_specs())
     claimed = {(dtype, mode) for dtype, modes in committed.passes.items() for mode in modes}
     assert claimed
     assert claimed <= set(shown[op, backend]), "a case has no row (it was wrong, or not run), or eager was faster"
 
 
-def row(case: str, speedup: float, **changed: str) -> dict[str, Any]:
-    kind = {"op": OP, "backend": "triton", "dtype": "float32", "mode": "forward", "variant": "vitkernels [triton]", "device": "cuda"}
-    return {"case": case, "speedup_p50": speedup, **kind, **changed}
+def run(case: str, **milliseconds: float) -> list[dict[str, Any]]:
+    """The rows of one case: of eager, taking 1 ms, and of the contenders given."""
+    kind = {"op": OP, "case": case, "dtype": "float32", "mode": "forward", "device": "cuda"}
+    named = {"triton": ("vitkernels [triton]", "triton"), "auto": ("vitkernels", "triton"), "graph": ("vitkernels [triton], CUDA graph", "triton")}
+    others = {name: (name, "") for name in ("eager", "models", "other")} | {"reference": ("vitkernels", "reference")}
+    times = {"eager": 1.0} | milliseconds
+    return [kind | dict(zip(("variant", "backend"), (named | others)[who], strict=True)) | {"p50_ms": time} for who, time in times.items()]
 
 
 def test_every_case_has_to_win() -> None:
-    cases = {OP: ["a", "b"]}
-    good = [row("a", 1.0), row("b", 3.0, variant="vitkernels")]  # `auto` took it there
-    assert proof.shown(good, cases) == {(OP, "triton"): [("float32", "forward")]}
-    assert proof.shown([row("a", 0.99), *good[1:]], cases) == {}
-    assert proof.shown(good[:1], cases) == {}, "b was wrong, or not run"
-    assert proof.shown([row("a", 1.0, variant="vitkernels [triton], CUDA graph"), good[1]], cases) == {}
-    assert proof.shown([{**one, "device": "cpu"} for one in good], cases) == {}
-    assert proof.shown([{**one, "backend": "reference", "variant": "vitkernels"} for one in good], cases) == {}
-    training = [row("a", 0.5, mode="forward+backward"), row("b", 2.0, mode="forward+backward")]
-    half = [row(case, 2.0, dtype="bfloat16", mode=mode) for case in "ab" for mode in ("forward", "forward+backward")]
-    assert proof.shown([*good, *training, *half], cases) == {
-        (OP, "triton"): [("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "forward+backward")]
-    }
+    gpu_cases = tuple(dataclasses.replace(registry.get(OP).gpu_cases[0], name=name) for name in "ab")
+    peers = {"models": lambda *a: a[0], "other": lambda *a: a[0]}
+    specs = {OP: dataclasses.replace(registry.get(OP), gpu_cases=gpu_cases, peers=peers, otherwise=("models",))}
+    forward = {(OP, "triton"): [("float32", "forward")]}
+    good = run("b", triton=0.5)
+    assert proof.shown([*run("a", triton=1.0), *good], specs) == forward
+    assert proof.shown([*run("a", auto=1.0), *good], specs) == forward, "it was auto's choice already"
+    assert proof.shown([*run("a", triton=1.01), *good], specs) == {}
+    assert proof.shown(good, specs) == {}, "a was wrong, or not run"
+    assert proof.shown([*run("a", graph=0.1), *good], specs) == {}
+    assert proof.shown([*run("a", reference=0.1), *good], specs) == {}
+    assert proof.shown([*run("a", triton=0.5, models=0.4), *good], specs) == {}, "what a model runs otherwise is faster"
+    assert proof.shown([*run("a", triton=0.5, other=0.4), *good], specs) == forward, "what nobody runs counts for nothing"
+    assert proof.shown([one | {"device": "cpu"} for one in (*run("a", triton=1.0), *good)], specs) == {}
+    training = [one | {"mode": "forward+backward"} for one in (*run("a", triton=0.5), *run("b", triton=2.0))]
+    assert proof.shown([*run("a", triton=1.0), *good, *training], specs) == forward
+    half = [one | {"dtype": "bfloat16", "mode": "forward+backward"} for one in (*run("a", triton=0.5), *good)]
+    assert proof.shown([*training, *half], specs) == {(OP, "triton"): [("bfloat16", "forward+backward")]}
 
 
 @pytest.fixture

@@ -198,6 +198,7 @@ SPECS = (
         gpu_cases=(_case(64, 197, 12, 64), _case(64, 197, 12, 64, bias=True), _case(1024, 49, 8, 16), _case(1024, 49, 3, 32, bias=True)),
         saved_bytes=_saved,
         peers={"SDPA": _sdpa},
+        otherwise=("SDPA",),
         kept_by_autocast=("bias",),
         tiles_span_images=("triton",),
     ),

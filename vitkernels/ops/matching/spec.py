@@ -314,6 +314,7 @@ SPECS = (
         ),
         saved_bytes=lambda sample: 0,
         peers={"every pair": _every_pair},
+        otherwise=("every pair",),
         differentiable=False,
         wide=True,
     ),
@@ -332,6 +333,7 @@ SPECS = (
         ),
         saved_bytes=_loss_saved,
         peers={"layer by layer": _layer_by_layer},
+        otherwise=("layer by layer",),
         wide=True,
     ),
 )

@@ -151,6 +151,7 @@ SPECS = (
         gpu_cases=(_case(64, 32, 36), _case(64, 16, 48)),
         saved_bytes=_saved,
         peers={"unfold, SDPA, fold": _unfold_sdpa_fold},
+        otherwise=("unfold, SDPA, fold",),
         tiles_span_images=("triton",),
     ),
 )
