@@ -1,7 +1,6 @@
 // The op's entry points on a GPU: tensors to plain structs, memory laid out and allocated, the kernels launched on the current stream.
 //
 // No call waits for the GPU and nothing is read back, so a CUDA graph can capture all of it.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "cascaded_group/cuda_kernels.h"
+#include "common/cuda_device.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -26,20 +26,6 @@ using cascaded_group::cuda::WeightGradients;
 using cascaded_group::cuda::Weights;
 
 constexpr const char* kOp = "vitkernels::cascaded_group_attention";
-
-// A device as the launches need it: its current stream, its multiprocessors, and the shared memory one block can have.
-struct Device {
-  explicit Device(const Tensor& tensor) : index(tensor.get_device_index()), guard(index) {
-    void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &handle));
-    stream = static_cast<cudaStream_t>(handle);
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  }
-  int index, multiprocessors = 0, shared_limit = 0;
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-};
 
 // Shapes are checked in Python with full messages; these guard direct callers of torch.ops from reading out of bounds, and say what these kernels
 // have no form for.
@@ -126,7 +112,7 @@ Tensor cascaded_group_attention(
     const Tensor& attention_bias, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias, const std::vector<int64_t>& kernel_sizes,
     int64_t key_dim, double scale, int64_t window) {
   const Shape shape = shape_of(x, qkv_weight, kernel_sizes, key_dim, window);
-  const Device device(x);
+  const cuda::Device device(x);
   const DenseWeights weights(shape, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attention_bias, proj_weight, proj_bias);
   Tensor y = torch::stable::empty_like(x);
   if (y.numel() == 0) return y;
@@ -150,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> casca
     const std::optional<Tensor>& dw_bias, const Tensor& attention_bias, const Tensor& proj_weight, const std::vector<int64_t>& kernel_sizes,
     int64_t key_dim, double scale, int64_t window, bool need_x, bool need_weights) {
   const Shape shape = shape_of(x, qkv_weight, kernel_sizes, key_dim, window);
-  const Device device(x);
+  const cuda::Device device(x);
   const DenseWeights weights(shape, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attention_bias, proj_weight, std::nullopt);
   check_same(grad_y, x, "grad_y");
   STD_TORCH_CHECK(

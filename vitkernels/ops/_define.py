@@ -91,6 +91,16 @@ def implement_in_triton(family: str, *names: str, without_gradient: tuple[str, .
         TRITON.impl(op, getattr(kernels, op), "CompositeExplicitAutograd")
 
 
+def implement_on_gpu(family: str, *names: str) -> None:
+    """Take the compiled ops of these names on a GPU from ``vitkernels/ops/<family>/cuda.py``, whose functions call the CUDA library's own ops."""
+
+    def run(name: str, *args: Any) -> Any:
+        return getattr(importlib.import_module(f"vitkernels.ops.{family}.cuda"), name)(*args)
+
+    for name in names:
+        COMPILED.impl(name, functools.partial(run, name), "CUDA")
+
+
 def _no_double_backward(name: str) -> Callable[..., Any]:
     def raise_error(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(

@@ -14,10 +14,10 @@ from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.head_mixing import reference
 
-backends.declare("re_attention", backends.Support())
+backends.declare("re_attention", backends.Support(cuda=(torch.float32, torch.bfloat16, torch.float16)))
 
 NORMS = {None: 0, "batch": 1, "layer": 2}
-MOST_HEADS = {"native": 64, "triton": 32}
+MOST_HEADS = {"native": 64, "triton": 32, "cuda": 32}
 """What the kernels of a backend are written for; with more heads the reference runs."""
 
 
@@ -237,3 +237,12 @@ _define.define(
 )
 
 _define.implement_in_triton("head_mixing", "re_attention")
+
+# The CUDA library's own pieces, which vitkernels/ops/head_mixing/cuda.py puts together to the op.
+_define.COMPILED.define(
+    "re_attention_rows(Tensor q, Tensor k, Tensor v, Tensor? lse, Tensor mix_weight, Tensor? mix_bias, int norm, Tensor? norm_weight,"
+    " Tensor? norm_bias, Tensor? mean, Tensor? var, float eps, float scale, int value_dim) -> (Tensor out, Tensor lse)"
+)
+_define.COMPILED.define("re_attention_lse(Tensor q, Tensor k, float scale) -> Tensor")
+_define.COMPILED.define("re_attention_shared_memory(int heads, int dim, int value_dim) -> int")
+_define.implement_on_gpu("head_mixing", "re_attention", "re_attention_backward")

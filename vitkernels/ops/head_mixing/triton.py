@@ -918,6 +918,15 @@ def re_attention(
     return out, lse, mix_weight.new_empty((0,)), mix_weight.new_empty((0,))
 
 
+def statistics(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mix_weight: Tensor, mix_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the mixed maps without dropout, [H] in float64, from the logsumexp."""
+    rows = _padded(step_of(q.dtype, q.shape[3], v.shape[3]), q, k, v)
+    with shared.on(q):
+        return _statistics(_Call.of(q, v, rows, BATCH, 0.0, scale, 0.0), rows, None, lse, mix_weight, mix_bias)
+
+
 def _statistics(c: _Call, rows: tuple[Tensor, ...], seed: Tensor | None, lse: Tensor, mix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the mixed maps, [H] in float64. Rows of a softmax sum to 1: without dropout the centred maps' mean is zero."""
     _, squares, sums, _, _ = _sums(c, (None, *rows), seed, lse, (None,) * 5, None, False, True, seed is not None, False, False)

@@ -1,0 +1,72 @@
+// The __global__ functions of Re-Attention and their launches, for one element type.
+#pragma once
+
+#include "head_mixing/cuda_forward.h"
+#include "head_mixing/cuda_kernels.h"
+
+namespace vitkernels::head_mixing::cuda {
+
+template <class T, int kSteps>
+__global__ void __launch_bounds__(32 * kLseWarps, 4) re_attention_lse_kernel(const __grid_constant__ Arguments args) {
+  extern __shared__ __align__(16) char shared[];
+  lse_block<T, kSteps>({shared, blockIdx.x}, args);
+}
+
+template <class T, int kHeads, int kSteps, int kRowGroups>
+__global__ void __launch_bounds__(32 * kRowGroups * kKeyGroups, 1) re_attention_rows_kernel(const __grid_constant__ Arguments args) {
+  extern __shared__ __align__(16) char shared[];
+  rows_block<T, Plan<kHeads, kSteps, kRowGroups>>({shared, blockIdx.x}, args);
+}
+
+inline cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, int threads, int shared, cudaStream_t stream) {
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+template <class T, int kSteps>
+cudaError_t launch_lse(const Arguments& args, cudaStream_t stream) {
+  const int64_t blocks = args.batch * args.heads * pieces(args.tokens, kLseQueries);
+  return launch(re_attention_lse_kernel<T, kSteps>, args, blocks, 32 * kLseWarps, kLseShared<kSteps>, stream);
+}
+
+template <class T>
+cudaError_t Launch<T>::lse(const Arguments& args, cudaStream_t stream) {
+  return args.q.columns <= 32 ? launch_lse<T, 2>(args, stream) : launch_lse<T, 4>(args, stream);
+}
+
+template <class T, class P>
+cudaError_t launch_rows(const Arguments& args, int64_t blocks, cudaStream_t stream) {
+  return launch(re_attention_rows_kernel<T, P::kHeads, P::kSteps, P::kRowGroups>, args, blocks, 32 * P::kWarps, P::places(args.heads).total, stream);
+}
+
+// 32 queries a block read keys and values half as often as 16; where that would leave multiprocessors without a block, or is too large, 16.
+template <class T, int kHeads, int kSteps>
+cudaError_t launch_rows_of(const Arguments& args, int multiprocessors, int shared_limit, cudaStream_t stream) {
+  using Two = Plan<kHeads, kSteps, 2>;
+  using One = Plan<kHeads, kSteps, 1>;
+  const int64_t beside = args.batch * pieces(args.value_dim, Two::kColumns);
+  if (Two::places(args.heads).total <= shared_limit && beside * pieces(args.tokens, Two::kQueries) >= multiprocessors) {
+    return launch_rows<T, Two>(args, beside * pieces(args.tokens, Two::kQueries), stream);
+  }
+  if (One::places(args.heads).total > shared_limit) return cudaErrorInvalidConfiguration;
+  return launch_rows<T, One>(args, beside * pieces(args.tokens, One::kQueries), stream);
+}
+
+template <class T, int kHeads>
+cudaError_t launch_rows_for(const Arguments& args, int multiprocessors, int shared_limit, cudaStream_t stream) {
+  if (steps_of(args.q.columns, args.value_dim) == 2) return launch_rows_of<T, kHeads, 2>(args, multiprocessors, shared_limit, stream);
+  return launch_rows_of<T, kHeads, 4>(args, multiprocessors, shared_limit, stream);
+}
+
+template <class T>
+cudaError_t Launch<T>::rows(const Arguments& args, int multiprocessors, int shared_limit, cudaStream_t stream) {
+  if (args.heads <= 8) return launch_rows_for<T, 8>(args, multiprocessors, shared_limit, stream);
+  if (args.heads <= 12) return launch_rows_for<T, 12>(args, multiprocessors, shared_limit, stream);
+  return launch_rows_for<T, 16>(args, multiprocessors, shared_limit, stream);
+}
+
+}  // namespace vitkernels::head_mixing::cuda
