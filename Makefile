@@ -109,7 +109,7 @@ BENCH = 105
 MODELS = 70
 BUILD = $(PYTHON) -m pip --quiet --disable-pip-version-check install --no-build-isolation --no-deps --editable .
 GPU_RESULTS = $(RESULTS)/gpu
-SANITIZED := (cuda-cascaded_group_attention and (2x24x8x9 or 1x40x7x7 or 1x20x14x14)) or (cuda-re_attention and (2x4x9 or 2x3x20))
+SANITIZED := (cuda-cascaded_group_attention and (2x24x8x9 or 1x40x7x7 or 1x20x14x14)) or (cuda-re_attention and bfloat16 and without_gradients)
 LIMITED = timeout --signal=INT --kill-after=10
 gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
