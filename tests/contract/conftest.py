@@ -51,7 +51,7 @@ class Record:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device", default="cpu") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this machine, or this build of torch, has no CUDA device")
-    if config.getoption("--record") and not hasattr(config, "workerinput"):  # the workers of pytest-xdist send their reports here
+    if config.getoption("--record", default=None) and not hasattr(config, "workerinput"):  # the workers of pytest-xdist send their reports here
         config.pluginmanager.register(Record(config.getoption("--record")))
     config.addinivalue_line("markers", "fused: only the backends with kernels of their own, not the reference")
     config.addinivalue_line("markers", "derivative: about gradients, so only the ops that have them")
@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "bad_call": _bad_calls,
     }
     for name in kinds.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name], metafunc.config.getoption("--op"))))
+        metafunc.parametrize(name, list(_expand(device, fused, derivative, kinds[name], metafunc.config.getoption("--op", default=None))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
