@@ -110,7 +110,9 @@ VITKERNELS_DEVICE float exp2_fast(float x) {
 // 1 / sqrt(x) to 2^-22.
 VITKERNELS_DEVICE float inverse_root(float x) {
 #if defined(__CUDACC__)
-  return rsqrtf(x);
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 #else
   return 1 / std::sqrt(x);
 #endif
@@ -219,16 +221,17 @@ VITKERNELS_DEVICE void mma_tf32(float* c, const uint32_t* a, const uint32_t* b) 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = a b + c; c may be d.
 template <class T>
-VITKERNELS_DEVICE void mma_16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+VITKERNELS_DEVICE void mma_16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, const float* c) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
 }
 #else
@@ -304,7 +307,7 @@ VITKERNELS_DEVICE void mma(Lanes<float, 4>* c, const Lanes<Pair<T>, 4>& a, const
   } else {
     const uint32_t left[4] = {bits_of(a[0][0]), bits_of(a[0][1]), bits_of(a[0][2]), bits_of(a[0][3])};
     VITKERNELS_UNROLL
-    for (int h = 0; h < 2; ++h) mma_16<T>(c[h][0], left, bits_of(b[h][0][0]), bits_of(b[h][0][1]));
+    for (int h = 0; h < 2; ++h) mma_16<T>(c[h][0], left, bits_of(b[h][0][0]), bits_of(b[h][0][1]), c[h][0]);
   }
 #else
   const auto half = [](const Pair<T>& pair, int i) { return to_float(i & 1 ? pair.second : pair.first); };
@@ -334,15 +337,16 @@ VITKERNELS_DEVICE void mma(Lanes<float, 4>* c, const Lanes<Pair<T>, 4>& a, const
 
 // --- fragments in registers ---------------------------------------------------------------------------------------------------------------------
 
-// The same product with 16-bit elements in pairs: c [16 x 8] += a [16 x 16] b [16 x 8], b being registers first and first + 1.
+// The same product with 16-bit elements in pairs: d [16 x 8] = c + a [16 x 16] b [16 x 8], b being registers first and first + 1. c may be d.
 template <class T, int count>
-VITKERNELS_DEVICE void mma(Lanes<float, 4>& c, const Lanes<uint32_t, 4>& a, const Lanes<uint32_t, count>& b, int first) {
+VITKERNELS_DEVICE void mma(Lanes<float, 4>& d, const Lanes<uint32_t, 4>& a, const Lanes<uint32_t, count>& b, int first, const Lanes<float, 4>& c) {
 #if defined(__CUDACC__)
-  mma_16<T>(c[0], a[0], b[0][first], b[0][first + 1]);
+  mma_16<T>(d[0], a[0], b[0][first], b[0][first + 1], c[0]);
 #else
   const auto half = [](uint32_t pair, int i) { return to_float(T{static_cast<uint16_t>(i & 1 ? pair >> 16 : pair)}); };
+  d = c;
   emulated_mma<16>(
-      c, [&](int lane, int i) { return half(a[lane][i / 2], i); }, [&](int lane, int i) { return half(b[lane][first + i / 2], i); });
+      d, [&](int lane, int i) { return half(a[lane][i / 2], i); }, [&](int lane, int i) { return half(b[lane][first + i / 2], i); });
 #endif
 }
 
@@ -355,13 +359,11 @@ VITKERNELS_DEVICE void load_matrices(Lanes<uint32_t, 4>& r, F&& row) {
   if constexpr (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0][0]), "=r"(r[0][1]), "=r"(r[0][2]), "=r"(r[0][3])
-                 : "r"(address)
-                 : "memory");
+                 : "r"(address));
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0][0]), "=r"(r[0][1]), "=r"(r[0][2]), "=r"(r[0][3])
-                 : "r"(address)
-                 : "memory");
+                 : "r"(address));
   }
 #else
   for (int m = 0; m < 4; ++m) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 #if defined(__CUDACC__)
 #define VITKERNELS_HD __host__ __device__ constexpr
 #else
@@ -15,6 +17,9 @@ constexpr int kMaxHeads = 16;  // the mix is one step of the tensor cores, 16 x 
 constexpr int kMaxDim = 64;    // of the heads of q and k; v may have any
 constexpr int kKeyGroups = 4;  // of 8 keys: a tile of keys has 32
 constexpr int kKeys = 8 * kKeyGroups;
+constexpr int kLseWarps = 4, kLseQueries = 16 * kLseWarps, kLseKeys = 64;
+constexpr int kLargestShared = 227 * 1024;  // that a block has on any GPU
+constexpr double kLog2E = 1.4426950408889634;
 
 // [B, H, N, columns] with rows of whole 16 bytes that begin at multiples of 16 bytes; strides in elements.
 struct Rows {
@@ -32,6 +37,15 @@ struct Small {
   double eps;
 };
 
+// The same as the rows' kernel takes them: what it computes are `scale` times smaller maps.
+struct alignas(16) Folded {
+  Float16 mix[kMaxHeads][kMaxHeads];
+  Float16 rest[kMaxHeads][kMaxHeads];  // what float16 rounded off the mix
+  float start[kMaxHeads];              // added to the mixed maps
+  float weight[kMaxHeads], bias[kMaxHeads];  // of a layer norm
+  float scale, eps;
+};
+
 struct Arguments {
   Rows q, k, v;
   int64_t batch;
@@ -40,6 +54,8 @@ struct Arguments {
   double* lse;       // [B, H, N]
   void* out;         // [B, H, N, value_dim], in memory [B, N, H, value_dim]
   Small small;
+  Folded* folded;
+  bool lse_is_known;
 };
 
 // A block of the kernel that writes rows: 16 kRowGroups queries, all heads, 16 kSteps columns of the output. kHeads: those there is room for.
@@ -53,31 +69,34 @@ struct Plan {
   static constexpr int kExchange = 64 * 32;                 // of a warp: 64 elements of the maps, in all heads
 
   // Where things lie in a block's shared memory, in bytes.
-  struct Places {
-    int k, v, maps, exchange, lse, mix, vectors, total;  // q lies at 0
-  };
-  VITKERNELS_HD static Places places(int heads) {
-    Places p{};
-    p.k = heads * kQueries * kRow;
-    p.v = p.k + heads * kKeys * kRow;
-    p.maps = p.v + heads * kKeys * kRow;
-    p.exchange = p.maps + heads * kMapHead;
-    p.lse = p.exchange + kWarps * kExchange;
-    p.mix = p.lse + kHeads * kQueries * 4;
-    p.vectors = p.mix + 2 * kMaxHeads * kMaxHeads * 2;  // after the mix what float16 rounded off
-    p.total = p.vectors + 4 * kMaxHeads * 4;
-    return p;
-  }
+  static constexpr int kQ = 0, kK = kHeads * kQueries * kRow, kV = kK + kHeads * kKeys * kRow, kMaps = kV + kHeads * kKeys * kRow;
+  static constexpr int kExchanges = kMaps + kHeads * kMapHead, kLse = kExchanges + kWarps * kExchange, kFolded = kLse + kHeads * kQueries * 4;
+  static constexpr int kShared = kFolded + static_cast<int>(sizeof(Folded));
 };
 
-// Two or four steps of 16 columns, by what the heads have.
-VITKERNELS_HD int steps_of(int dim, int value_dim) { return dim <= 32 && value_dim <= 32 ? 2 : 4; }
-// What the smallest block needs.
-VITKERNELS_HD int least_shared(int heads, int dim, int value_dim) {
-  return steps_of(dim, value_dim) == 2 ? Plan<kMaxHeads, 2, 1>::places(heads).total : Plan<kMaxHeads, 4, 1>::places(heads).total;
+// How long the blocks of a plan take together, in arbitrary units. On an H200 up to eight warps on a multiprocessor hide each other's waits and take as
+// long as four; sixteen take nearly twice as long.
+constexpr int64_t kNever = int64_t{1} << 62;
+template <class Plan>
+VITKERNELS_HD int64_t time_of(int64_t blocks, int multiprocessors, int shared_limit) {
+  if (Plan::kShared > shared_limit) return kNever;
+  const int64_t beside = shared_limit / (Plan::kShared + 1024), places = multiprocessors * (beside > 0 ? beside : 1);
+  const int64_t warps = Plan::kWarps * (beside > 0 ? beside : 1);
+  return (blocks + places - 1) / places * (warps > 8 ? 10 * warps : 84);
 }
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr int kLseWarps = 4, kLseQueries = 16 * kLseWarps, kLseKeys = 64;
+// Heads there is room for, steps of 16 columns: what the kernels are compiled for.
+VITKERNELS_HD int room_for(int heads) { return heads <= 8 ? 8 : heads <= 12 ? 12 : 16; }
+VITKERNELS_HD int steps_of(int dim, int value_dim) { return dim <= 32 && value_dim <= 32 ? 2 : 4; }
+
+// What the smallest block needs of shared memory.
+VITKERNELS_HD int least_shared(int heads, int dim, int value_dim) {
+  const bool two = steps_of(dim, value_dim) == 2;
+  switch (room_for(heads)) {
+    case 8: return two ? Plan<8, 2, 1>::kShared : Plan<8, 4, 1>::kShared;
+    case 12: return two ? Plan<12, 2, 1>::kShared : Plan<12, 4, 1>::kShared;
+    default: return two ? Plan<16, 2, 1>::kShared : Plan<16, 4, 1>::kShared;
+  }
+}
 
 }  // namespace vitkernels::head_mixing::cuda

@@ -6,9 +6,9 @@
 // eight elements, and the norm over the heads a sum over four lanes. The mixed maps of a tile of keys meet in shared memory, where the warps are
 // shared out again, by heads, for the product with v.
 //
-// The maps are centred by 1 / N and scaled by a power of two near N before float16 takes them, and each row of the mix is scaled to begin with a one:
-// float16 then holds both as exactly as TF32 would, in half the bits. What was taken off comes back, in float32, with the bias. Where the op's own
-// elements are float16 the mix is two of them, so that only the maps are rounded, as they are in eager.
+// The maps are scaled by a power of two near N before float16 takes them, and the mix by one that makes its largest element one: float16 then holds
+// both as exactly as TF32 would, in half the bits. Where the op's own elements are float16 the mix is two of them, so that only the maps are rounded, as
+// they are in eager.
 #pragma once
 
 #include "common/warp.h"
@@ -56,17 +56,31 @@ struct Team {
   }
 };
 
-// Copies kRows rows from first_row on of all heads from first_head on, 16 kSteps columns from first_column on, to rows of `stride` bytes.
-template <int kSteps, int kRows, class Team>
+// Copies kRows rows from first_row on, 16 kSteps columns from first_column on, of kHeads heads from first_head on; `stride` bytes from row to row.
+// Rows and columns beyond the last one are zeros, and so are heads beyond `heads`.
+template <int kSteps, int kRows, int kHeads, int kWarps>
 VITKERNELS_DEVICE void copy_rows(
-    const Team& team, int warp, char* to, int stride, const Rows& from, int64_t sample, int first_head, int heads, int first_row, int rows,
-    int first_column) {
-  const char* base = static_cast<const char*>(from.data) + 2 * (sample * from.sample + first_head * from.head + first_column);
-  team.each(warp, heads * kRows * 2 * kSteps, [&](int i) {
-    const int part = i % (2 * kSteps), row = i / (2 * kSteps) % kRows, head = i / (2 * kSteps) / kRows;
-    const bool there = first_row + row < rows && first_column + 8 * part < from.columns;
-    const int64_t offset = there ? head * from.head + (first_row + row) * from.row + 8 * part : 0;
-    start_copy(to + (head * kRows + row) * stride + 16 * part, base + 2 * offset, there);
+    int warp, char* to, int stride, const Rows& from, int64_t sample, int first_head, int heads, int first_row, int rows, int first_column) {
+  constexpr int kParts = kRows * 2 * kSteps, kThreads = 32 * kWarps;  // a head's, of 16 bytes
+  constexpr int kAtOnce = kThreads > kParts ? kThreads / kParts : 1, kTimes = kParts > kThreads ? kParts / kThreads : 1;
+  static_assert(kAtOnce * kParts == kThreads * kTimes);
+  each_lane([&](int lane, int) {
+    const int thread = 32 * warp + lane, first = thread / kParts;
+    VITKERNELS_UNROLL
+    for (int i = 0; i < kTimes; ++i) {
+      const int part = thread % kParts + i * kThreads, column = part % (2 * kSteps), row = part / (2 * kSteps);
+      const bool there = first_row + row < rows && first_column + 8 * column < from.columns;
+      const int64_t offset = sample * from.sample + (first_head + first) * from.head + (there ? (first_row + row) * from.row + first_column + 8 * column : 0);
+      const char* source = static_cast<const char*>(from.data) + 2 * offset;
+      char* target = to + (first * kRows + row) * stride + 16 * column;
+      VITKERNELS_UNROLL
+      for (int h = 0; h < kHeads; h += kAtOnce) {
+        if (kHeads % kAtOnce != 0 && h + first >= kHeads) break;
+        const bool copied = there && h + first < heads;
+        start_copy(target + h * kRows * stride, copied ? source : from.data, copied);
+        source += 2 * kAtOnce * from.head;
+      }
+    }
   });
 }
 
@@ -84,7 +98,7 @@ VITKERNELS_DEVICE void products(Lanes<float, 4>& s, const char* q, const char* k
     for (int half = 0; half < 2; ++half) {
       Lanes<uint32_t, 4> queries;
       load_matrices<false>(queries, [&](int lane) { return q + lane % 16 * stride + 32 * (d + half) + lane / 16 * 16; });
-      mma<T>(s, queries, keys, 2 * half);
+      mma<T>(s, queries, keys, 2 * half, s);
     }
   }
 }
@@ -96,64 +110,103 @@ constexpr int kLseShared = (kLseQueries + 2 * kLseKeys) * (32 * kSteps + 16);
 
 template <class T, int kSteps>
 VITKERNELS_DEVICE void lse_block(const Team<kLseWarps>& team, const Arguments& a) {
-  constexpr int kRow = 32 * kSteps + 16;
+  constexpr int kRow = 32 * kSteps + 16, kGroups = kLseKeys / 8;
   const int tiles = (a.tokens + kLseQueries - 1) / kLseQueries, start = static_cast<int>(team.index % tiles) * kLseQueries;
   const int64_t map = team.index / tiles, sample = map / a.heads;
   const int head = static_cast<int>(map % a.heads);
+  const float scale = fabsf(a.scale_log2);
   char *q = team.shared, *k = q + kLseQueries * kRow;
-  Lanes<float, 2> largest[Team<kLseWarps>::kPlaces], sum[Team<kLseWarps>::kPlaces];
+  struct State {
+    Lanes<uint32_t, 4> q[kSteps];
+    Lanes<float, 2> largest, sum;
+  };
+  State states[Team<kLseWarps>::kPlaces];
 
   team.phase([&](int warp) {
-    copy_rows<kSteps, kLseQueries>(team, warp, q, kRow, a.q, sample, head, 1, start, a.tokens, 0);
-    copy_rows<kSteps, kLseKeys>(team, warp, k, kRow, a.k, sample, head, 1, 0, a.tokens, 0);
-    each_lane([&](int, int slot) {
-      for (int i = 0; i < 2; ++i) largest[team.place_of(warp)][slot][i] = -INFINITY, sum[team.place_of(warp)][slot][i] = 0;
-    });
+    copy_rows<kSteps, kLseQueries, 1, kLseWarps>(warp, q, kRow, a.q, sample, head, 1, start, a.tokens, 0);
+    copy_rows<kSteps, kLseKeys, 1, kLseWarps>(warp, k, kRow, a.k, sample, head, 1, 0, a.tokens, 0);
   });
   for (int n = 0; n < a.tokens; n += kLseKeys) {
     const char* now = k + n / kLseKeys % 2 * kLseKeys * kRow;
     team.phase([&](int warp) {
       if (n + kLseKeys < a.tokens) {
         char* next = k + (n / kLseKeys + 1) % 2 * kLseKeys * kRow;
-        copy_rows<kSteps, kLseKeys>(team, warp, next, kRow, a.k, sample, head, 1, n + kLseKeys, a.tokens, 0);
+        copy_rows<kSteps, kLseKeys, 1, kLseWarps>(warp, next, kRow, a.k, sample, head, 1, n + kLseKeys, a.tokens, 0);
       }
-      Lanes<float, 4> s[kLseKeys / 8];
-      VITKERNELS_UNROLL
-      for (int i = 0; i < kLseKeys / 8; ++i) products<T, kSteps>(s[i], q + 16 * warp * kRow, now + 8 * i * kRow, kRow);
-      Lanes<float, 2>&high = largest[team.place_of(warp)], &total = sum[team.place_of(warp)];
-      Lanes<float, 2> top;
-      each_lane([&](int lane, int slot) {
-        top[slot][0] = high[slot][0], top[slot][1] = high[slot][1];
+      if (start + 16 * warp >= a.tokens) return;
+      State& state = states[team.place_of(warp)];
+      if (n == 0) {
         VITKERNELS_UNROLL
-        for (int i = 0; i < kLseKeys / 8; ++i) {
+        for (int d = 0; d < kSteps; ++d) {
+          load_matrices<false>(state.q[d], [&](int lane) { return q + (16 * warp + lane % 16) * kRow + 32 * d + lane / 16 * 16; });
+          each_lane([&](int, int slot) {  // the largest logit is the largest product: a negative scale changes the queries' signs
+            if (a.scale_log2 < 0) {
+              for (int i = 0; i < 4; ++i) state.q[d][slot][i] ^= 0x80008000u;
+            }
+          });
+        }
+        each_lane([&](int, int slot) {
+          for (int r = 0; r < 2; ++r) state.largest[slot][r] = -INFINITY, state.sum[slot][r] = 0;
+        });
+      }
+      Lanes<float, 4> s[kGroups];
+      Lanes<float, 2> top;
+      VITKERNELS_UNROLL
+      for (int i = 0; i < kGroups; ++i) {
+        each_lane([&](int, int slot) {
+          for (int e = 0; e < 4; ++e) s[i][slot][e] = 0;
+        });
+        VITKERNELS_UNROLL
+        for (int d = 0; d < kSteps; d += 2) {
+          Lanes<uint32_t, 4> keys;
+          load_matrices<false>(keys, [&](int lane) { return now + (8 * i + lane % 8) * kRow + 32 * d + lane / 8 * 16; });
+          mma<T>(s[i], state.q[d], keys, 0, s[i]);
+          mma<T>(s[i], state.q[d + 1], keys, 2, s[i]);
+        }
+      }
+      each_lane([&](int lane, int slot) {
+        if (n + kLseKeys > a.tokens) {
           VITKERNELS_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            float& x = s[i][slot][e];
-            if (n + 8 * i + lane % 4 * 2 + (e & 1) >= a.tokens) x = a.scale_log2 < 0 ? INFINITY : -INFINITY;
-            top[slot][e / 2] = fmaxf(top[slot][e / 2], x * a.scale_log2);
+          for (int i = 0; i < kGroups; ++i) {
+            VITKERNELS_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              if (n + 8 * i + lane % 4 * 2 + (e & 1) >= a.tokens) s[i][slot][e] = -INFINITY;
+            }
           }
+        }
+        VITKERNELS_UNROLL
+        for (int r = 0; r < 2; ++r) top[slot][r] = s[0][slot][2 * r];
+        VITKERNELS_UNROLL
+        for (int i = 0; i < kGroups; ++i) {
+          VITKERNELS_UNROLL
+          for (int e = 0; e < 4; ++e) top[slot][e / 2] = fmaxf(top[slot][e / 2], s[i][slot][e]);
         }
       });
       row_max(top);
       each_lane([&](int, int slot) {
         VITKERNELS_UNROLL
-        for (int r = 0; r < 2; ++r) total[slot][r] *= exp2_fast(high[slot][r] - top[slot][r]), high[slot][r] = top[slot][r];
+        for (int r = 0; r < 2; ++r) {
+          const float before = state.largest[slot][r];
+          state.largest[slot][r] = top[slot][r] = fmaxf(before, top[slot][r] * scale);
+          state.sum[slot][r] *= exp2_fast(before - top[slot][r]);
+        }
         VITKERNELS_UNROLL
-        for (int i = 0; i < kLseKeys / 8; ++i) {
+        for (int i = 0; i < kGroups; ++i) {
           VITKERNELS_UNROLL
-          for (int e = 0; e < 4; ++e) total[slot][e / 2] += exp2_fast(fmaf(s[i][slot][e], a.scale_log2, -top[slot][e / 2]));
+          for (int e = 0; e < 4; ++e) state.sum[slot][e / 2] += exp2_fast(fmaf(s[i][slot][e], scale, -top[slot][e / 2]));
         }
       });
     });
   }
   team.phase([&](int warp) {
-    Lanes<float, 2>&high = largest[team.place_of(warp)], &total = sum[team.place_of(warp)];
-    row_sum(total);
+    if (start + 16 * warp >= a.tokens) return;
+    State& state = states[team.place_of(warp)];
+    row_sum(state.sum);
     each_lane([&](int lane, int slot) {
       for (int r = 0; r < 2; ++r) {
         const int row = start + 16 * warp + lane / 4 + 8 * r;
         if (lane % 4 == 0 && row < a.tokens) {
-          a.lse[map * a.tokens + row] = (static_cast<double>(high[slot][r]) + static_cast<double>(log2f(total[slot][r]))) / kLog2E;
+          a.lse[map * a.tokens + row] = (static_cast<double>(state.largest[slot][r]) + static_cast<double>(log2f(state.sum[slot][r]))) / kLog2E;
         }
       }
     });
@@ -162,48 +215,69 @@ VITKERNELS_DEVICE void lse_block(const Team<kLseWarps>& team, const Arguments& a
 
 // --- the mix as the tensor cores take it ----------------------------------------------------------------------------------------------------
 
-// Of each output head: what its row of products is multiplied by, what is added to that, and weight and bias of a layer norm.
-struct Vectors {
-  float *factor, *constant, *weight, *bias;
-  VITKERNELS_DEVICE explicit Vectors(char* at)
-      : factor(reinterpret_cast<float*>(at)), constant(factor + kMaxHeads), weight(constant + kMaxHeads), bias(weight + kMaxHeads) {}
-};
-
-// One row of it and, one matrix further, what float16 rounded off; by one thread, in float64. map_scale: what the maps were multiplied by, after `centre` was taken off.
-VITKERNELS_DEVICE void fold_row(const Small& small, int heads, int g, double map_scale, double centre, Float16* mix, const Vectors& to) {
-  const auto or_zero = [&](const double* values, int i) { return values ? values[i] : 0.0; };
-  double factor = 1, added = or_zero(small.bias, g);
-  if (small.norm == Norm::kBatch) {
-    factor = (small.weight ? small.weight[g] : 1.0) / sqrt(small.var[g] + small.eps);
-    added = (added - small.mean[g]) * factor + or_zero(small.norm_bias, g);
-  } else if (small.norm == Norm::kLayer && small.bias) {
-    double mean = 0;
-    for (int i = 0; i < heads; ++i) mean += small.bias[i];
-    added -= mean / heads;
-  }
-  const auto entry = [&](int h) {
-    double mean = 0;  // over the output heads, which a layer norm takes off
-    if (small.norm == Norm::kLayer) {
-      for (int i = 0; i < heads; ++i) mean += small.mix[i * heads + h];
-    }
-    return (small.mix[g * heads + h] - mean / heads) * factor;
-  };
-  double largest = 0, sum = 0;
-  for (int h = 0; h < heads; ++h) {
-    const double x = entry(h);
-    largest = fmax(largest, fabs(x)), sum += x;
-  }
+// A power of two near the number of keys: times it, a flat map is near one.
+VITKERNELS_DEVICE int map_exponent(int tokens) {
   int exponent = 0;
-  if (largest > 0 && largest < INFINITY) frexp(largest, &exponent);
-  for (int h = 0; h < kMaxHeads; ++h) {
-    const float x = h < heads ? static_cast<float>(ldexp(entry(h), 1 - exponent)) : 0.0f;
-    mix[h] = from_float<Float16>(x);
-    mix[kMaxHeads * kMaxHeads + h] = from_float<Float16>(x - to_float(mix[h]));
-  }
-  to.factor[g] = static_cast<float>(ldexp(1.0, exponent - 1) / map_scale);
-  to.constant[g] = static_cast<float>(added + sum * centre);
-  to.weight[g] = small.norm == Norm::kLayer && small.weight ? static_cast<float>(small.weight[g]) : 1.0f;
-  to.bias[g] = small.norm == Norm::kLayer ? static_cast<float>(or_zero(small.norm_bias, g)) : 0.0f;
+  while (exponent < 14 && (2 << exponent) <= tokens) ++exponent;
+  return exponent;
+}
+
+// One block, beside those of the logsumexp: mix and norm folded, in float64.
+VITKERNELS_DEVICE void fold_block(const Team<kLseWarps>& team, const Arguments& a) {
+  const Small& small = a.small;
+  const int heads = a.heads;
+  double* mix = reinterpret_cast<double*>(team.shared);  // [heads, heads]
+  double *factor = mix + kMaxHeads * kMaxHeads, *added = factor + kMaxHeads, *largest = added + kMaxHeads;
+  const auto or_zero = [&](const double* values, int i) { return values ? values[i] : 0.0; };
+  team.phase([&](int warp) {
+    team.each(warp, heads, [&](int g) {
+      factor[g] = 1, added[g] = or_zero(small.bias, g);
+      if (small.norm == Norm::kBatch) {
+        factor[g] = (small.weight ? small.weight[g] : 1.0) / sqrt(small.var[g] + small.eps);
+        added[g] = (added[g] - small.mean[g]) * factor[g] + or_zero(small.norm_bias, g);
+      } else if (small.norm == Norm::kLayer && small.bias) {
+        double mean = 0;
+        for (int i = 0; i < heads; ++i) mean += small.bias[i];
+        added[g] -= mean / heads;
+      }
+    });
+  });
+  team.phase([&](int warp) {
+    team.each(warp, heads * heads, [&](int i) {
+      double mean = 0;  // over the output heads, which a layer norm takes off
+      if (small.norm == Norm::kLayer) {
+        for (int g = 0; g < heads; ++g) mean += small.mix[g * heads + i % heads];
+      }
+      mix[i] = (small.mix[i] - mean / heads) * factor[i / heads];
+    });
+  });
+  team.phase([&](int warp) {
+    team.each(warp, heads, [&](int g) {
+      double most = 0;
+      for (int h = 0; h < heads; ++h) most = fmax(most, fabs(mix[g * heads + h]));
+      largest[g] = most;
+    });
+  });
+  team.phase([&](int warp) {
+    double most = 0;
+    for (int g = 0; g < heads; ++g) most = fmax(most, largest[g]);
+    int exponent = 0;
+    if (most > 0 && most < INFINITY) frexp(most, &exponent);
+    const double scale = ldexp(1.0, exponent - 1 - map_exponent(a.tokens));
+    team.each(warp, kMaxHeads * kMaxHeads, [&](int i) {
+      const int g = i / kMaxHeads, h = i % kMaxHeads;
+      const float x = g < heads && h < heads ? static_cast<float>(ldexp(mix[g * heads + h], 1 - exponent)) : 0.0f;
+      a.folded->mix[g][h] = from_float<Float16>(x);
+      a.folded->rest[g][h] = from_float<Float16>(x - to_float(from_float<Float16>(x)));
+    });
+    team.each(warp, kMaxHeads, [&](int g) {
+      const bool there = g < heads, layer = there && small.norm == Norm::kLayer;
+      a.folded->start[g] = there ? static_cast<float>(added[g] / scale) : 0.0f;
+      a.folded->weight[g] = layer && small.weight ? static_cast<float>(small.weight[g]) : 1.0f;
+      a.folded->bias[g] = layer ? static_cast<float>(or_zero(small.norm_bias, g)) : 0.0f;
+      if (g == 0) a.folded->scale = static_cast<float>(scale), a.folded->eps = static_cast<float>(small.eps / scale / scale);
+    });
+  });
 }
 
 // --- the rows -------------------------------------------------------------------------------------------------------------------------------
@@ -213,13 +287,6 @@ struct alignas(16) Four {
   uint32_t value[4];
 };
 
-// A power of two near the number of keys: times it, a flat map is near one.
-VITKERNELS_DEVICE int map_exponent(int tokens) {
-  int exponent = 0;
-  while (exponent < 14 && (2 << exponent) <= tokens) ++exponent;
-  return exponent;
-}
-
 template <class T, class Plan>
 struct RowsBlock {
   using Crew = Team<Plan::kWarps>;
@@ -227,12 +294,11 @@ struct RowsBlock {
 
   const Crew& team;
   const Arguments& a;
-  typename Plan::Places places;
   int64_t sample;
   int start, first_column;
   Lanes<float, 4> acc[Crew::kPlaces][kHeadsOfWarp][2 * Plan::kSteps];
 
-  VITKERNELS_DEVICE RowsBlock(const Crew& team, const Arguments& a) : team(team), a(a), places(Plan::places(a.heads)) {
+  VITKERNELS_DEVICE RowsBlock(const Crew& team, const Arguments& a) : team(team), a(a) {
     const int chunks = (a.value_dim + Plan::kColumns - 1) / Plan::kColumns, tiles = (a.tokens + Plan::kQueries - 1) / Plan::kQueries;
     first_column = static_cast<int>(team.index % chunks) * Plan::kColumns;
     start = static_cast<int>(team.index / chunks % tiles) * Plan::kQueries;
@@ -240,31 +306,33 @@ struct RowsBlock {
   }
 
   VITKERNELS_DEVICE char* at(int place) const { return team.shared + place; }
+  VITKERNELS_DEVICE const Folded& folded() const { return *reinterpret_cast<const Folded*>(at(Plan::kFolded)); }
   // Warps share out queries, and within these keys for the maps, heads for the product with v.
   VITKERNELS_DEVICE static int row_group(int warp) { return warp % Plan::kRowGroups; }
   VITKERNELS_DEVICE static int share(int warp) { return warp / Plan::kRowGroups; }
   VITKERNELS_DEVICE bool idle(int warp) const { return start + 16 * row_group(warp) >= a.tokens; }
 
+  // Of the warp's j-th head, 8 columns each.
+  VITKERNELS_DEVICE Lanes<float, 4>* sums(int warp, int j) { return acc[team.place_of(warp)][j]; }
+
+  VITKERNELS_DEVICE void copy_keys(int warp, int place, const Rows& from, int first_key, int column) const {
+    copy_rows<Plan::kSteps, kKeys, Plan::kHeads, Plan::kWarps>(warp, at(place), Plan::kRow, from, sample, 0, a.heads, first_key, a.tokens, column);
+  }
+
   VITKERNELS_DEVICE void run() {
     const int exponent = map_exponent(a.tokens);
-    const double map_scale = static_cast<double>(1 << exponent);
-    const float centre = static_cast<float>(map_scale / a.tokens);
     team.phase([&](int warp) {
-      copy_rows<Plan::kSteps, Plan::kQueries>(team, warp, at(0), Plan::kRow, a.q, sample, 0, a.heads, start, a.tokens, 0);
-      copy_rows<Plan::kSteps, kKeys>(team, warp, at(places.k), Plan::kRow, a.k, sample, 0, a.heads, 0, a.tokens, 0);
+      copy_rows<Plan::kSteps, Plan::kQueries, Plan::kHeads, Plan::kWarps>(warp, at(Plan::kQ), Plan::kRow, a.q, sample, 0, a.heads, start, a.tokens, 0);
+      copy_keys(warp, Plan::kK, a.k, 0, 0);
+      team.each(warp, static_cast<int>(sizeof(Folded) / 16), [&](int i) {
+        start_copy(at(Plan::kFolded + 16 * i), reinterpret_cast<const char*>(a.folded) + 16 * i, true);
+      });
       team.each(warp, Plan::kHeads * Plan::kQueries, [&](int i) {
         // The two rows that a lane has a part of, r and r + 8, side by side.
         const int h = i / Plan::kQueries, within = i % 16, row = start + i % Plan::kQueries / 16 * 16 + within / 2 + within % 2 * 8;
         const bool there = h < a.heads && row < a.tokens;
         const double lse = there ? a.lse[(sample * a.heads + h) * a.tokens + row] : 0;
-        reinterpret_cast<float*>(at(places.lse))[i] = there ? static_cast<float>(lse * kLog2E - exponent) : INFINITY;
-      });
-      team.each(warp, kMaxHeads, [&](int g) {
-        Float16* mix = reinterpret_cast<Float16*>(at(places.mix)) + g * kMaxHeads;
-        const Vectors vectors(at(places.vectors));
-        if (g < a.heads) return fold_row(a.small, a.heads, g, map_scale, centre / map_scale, mix, vectors);
-        for (int h = 0; h < kMaxHeads; ++h) mix[h] = mix[kMaxHeads * kMaxHeads + h] = Float16{0};
-        vectors.factor[g] = vectors.constant[g] = vectors.weight[g] = vectors.bias[g] = 0;
+        reinterpret_cast<float*>(at(Plan::kLse))[i] = there ? static_cast<float>(lse * kLog2E - exponent) : INFINITY;
       });
       each_lane([&](int, int slot) {
         VITKERNELS_UNROLL
@@ -272,20 +340,18 @@ struct RowsBlock {
           VITKERNELS_UNROLL
           for (int n = 0; n < 2 * Plan::kSteps; ++n) {
             VITKERNELS_UNROLL
-            for (int e = 0; e < 4; ++e) acc[team.place_of(warp)][j][n][slot][e] = 0;
+            for (int e = 0; e < 4; ++e) sums(warp, j)[n][slot][e] = 0;
           }
         }
       });
     });
     for (int n = 0; n < a.tokens; n += kKeys) {
       team.phase([&](int warp) {
-        copy_rows<Plan::kSteps, kKeys>(team, warp, at(places.v), Plan::kRow, a.v, sample, 0, a.heads, n, a.tokens, first_column);
-        if (!idle(warp)) map(warp, n, centre);
+        copy_keys(warp, Plan::kV, a.v, n, first_column);
+        if (!idle(warp)) map(warp, n);
       });
       team.phase([&](int warp) {
-        if (n + kKeys < a.tokens) {
-          copy_rows<Plan::kSteps, kKeys>(team, warp, at(places.k), Plan::kRow, a.k, sample, 0, a.heads, n + kKeys, a.tokens, 0);
-        }
+        if (n + kKeys < a.tokens) copy_keys(warp, Plan::kK, a.k, n + kKeys, 0);
         if (!idle(warp)) apply(warp);
       });
     }
@@ -295,65 +361,67 @@ struct RowsBlock {
   }
 
   // The mixed and normed maps of 16 queries and 8 keys.
-  VITKERNELS_DEVICE void map(int warp, int n, float centre) {
-    const char* q = at(16 * row_group(warp) * Plan::kRow);
-    const char* k = at(places.k + 8 * share(warp) * Plan::kRow);
-    const float* lse = reinterpret_cast<const float*>(at(places.lse)) + 16 * row_group(warp);
+  VITKERNELS_DEVICE void map(int warp, int n) {
+    const char* q = at(Plan::kQ + 16 * row_group(warp) * Plan::kRow);
+    const char* k = at(Plan::kK + 8 * share(warp) * Plan::kRow);
+    const float* lse = reinterpret_cast<const float*>(at(Plan::kLse)) + 16 * row_group(warp);
     const int first_key = n + 8 * share(warp);
-    const bool ragged = first_key + 8 > a.tokens;
     Lanes<uint32_t, 2 * Plan::kHeads> x;  // heads 2j and 2j + 1 of element e: register 4j + e
     VITKERNELS_UNROLL
     for (int j = 0; j < Plan::kHeads / 2; ++j) {
       Lanes<float, 4> s[2];
       VITKERNELS_UNROLL
       for (int u = 0; u < 2; ++u) {
-        const int h = 2 * j + u < a.heads ? 2 * j + u : a.heads - 1;  // one that is not there has zeros in the mix
+        const int h = 2 * j + u;  // one that is not there has zeros for q and k, and an infinite logsumexp
         products<T, Plan::kSteps>(s[u], q + h * Plan::kQueries * Plan::kRow, k + h * kKeys * Plan::kRow, Plan::kRow);
       }
       each_lane([&](int lane, int slot) {
-        float p[2][4];
         VITKERNELS_UNROLL
         for (int u = 0; u < 2; ++u) {
           const Pair<float> shift = load_pair(lse + (2 * j + u) * Plan::kQueries + lane / 4 * 2);
           VITKERNELS_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            p[u][e] = exp2_fast(fmaf(s[u][slot][e], a.scale_log2, -(e < 2 ? shift.first : shift.second))) - centre;
-            if (ragged && first_key + lane % 4 * 2 + (e & 1) >= a.tokens) p[u][e] = 0;  // v is zero there, and this only has to be finite
-          }
+          for (int e = 0; e < 4; ++e) s[u][slot][e] = exp2_fast(fmaf(s[u][slot][e], a.scale_log2, -(e < 2 ? shift.first : shift.second)));
         }
         VITKERNELS_UNROLL
-        for (int e = 0; e < 4; ++e) x[slot][4 * j + e] = packed<Float16>(p[0][e], p[1][e]);
+        for (int e = 0; e < 4; ++e) x[slot][4 * j + e] = packed<Float16>(s[0][slot][e], s[1][slot][e]);
+      });
+    }
+    if (first_key + 8 > a.tokens) {  // v is zero beyond the last key, and this only has to be finite
+      each_lane([&](int lane, int slot) {
+        VITKERNELS_UNROLL
+        for (int i = 0; i < 2 * Plan::kHeads; ++i) {
+          if (first_key + lane % 4 * 2 + (i & 1) >= a.tokens) x[slot][i] = 0;
+        }
       });
     }
     Lanes<uint32_t, 4> mix, rest;  // of columns 8 i + ..., registers 2 i and 2 i + 1
-    Lanes<float, 2> factor[kTiles], constant[kTiles], weight[kTiles], bias[kTiles];
-    const Vectors vectors(at(places.vectors));
+    Lanes<float, 4> first[kTiles];
+    Lanes<float, 2> weight[kTiles], bias[kTiles];
     each_lane([&](int lane, int slot) {
-      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(at(places.mix));
       VITKERNELS_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int place = (8 * (i / 2) + lane / 4) * (kMaxHeads / 2) + 4 * (i % 2) + lane % 4;
-        mix[slot][i] = pairs[place], rest[slot][i] = pairs[kMaxHeads * kMaxHeads / 2 + place];
+        const int g = 8 * (i / 2) + lane / 4, h = 8 * (i % 2) + lane % 4 * 2;
+        mix[slot][i] = bits_of(load_pair(&folded().mix[g][h])), rest[slot][i] = bits_of(load_pair(&folded().rest[g][h]));
       }
       VITKERNELS_UNROLL
       for (int i = 0; i < kTiles; ++i) {
         VITKERNELS_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int g = 8 * i + lane % 4 * 2 + e;
-          factor[i][slot][e] = vectors.factor[g], constant[i][slot][e] = vectors.constant[g];
-          weight[i][slot][e] = vectors.weight[g], bias[i][slot][e] = vectors.bias[g];
+          first[i][slot][e] = first[i][slot][2 + e] = folded().start[g];
+          weight[i][slot][e] = folded().weight[g], bias[i][slot][e] = folded().bias[g];
         }
       }
     });
-    char* exchange = at(places.exchange + warp * Plan::kExchange);
-    char* maps = at(places.maps + 16 * row_group(warp) * Plan::kMapRow + 16 * share(warp));
+    char* exchange = at(Plan::kExchanges + warp * Plan::kExchange);
+    char* maps = at(Plan::kMaps + 16 * row_group(warp) * Plan::kMapRow + 16 * share(warp));
     const bool layer = a.small.norm == Norm::kLayer;
-    const float per_head = 1.0f / static_cast<float>(a.heads), eps = static_cast<float>(a.small.eps);
+    const float per_head = 1.0f / static_cast<float>(a.heads), eps = folded().eps, scale = folded().scale;
+    // An element's row of heads, in two parts of 16 bytes. Rows of the even keys of a query come first, then those of the odd ones; and of every other
+    // query the two parts change places, so that what is written and what is read at once lies in different banks.
+    const auto place = [&](int query, int key, int part) { return exchange + query * 256 + key % 2 * 128 + key / 2 * 32 + (part ^ (query & 1)) * 16; };
     VITKERNELS_UNROLL
     for (int half = 0; half < 2; ++half) {  // queries 0 to 7 and 8 to 15
-      // An element's row of heads, in two parts of 16 bytes. Rows of the even keys of a query come first, then those of the odd ones; and of every
-      // other query the two parts change places, so that what is written and what is read at once lies in different banks.
-      const auto place = [&](int query, int key, int part) { return exchange + query * 256 + key % 2 * 128 + key / 2 * 32 + (part ^ (query & 1)) * 16; };
       each_lane([&](int lane, int slot) {
         VITKERNELS_UNROLL
         for (int e = 0; e < 2; ++e) {
@@ -367,36 +435,33 @@ struct RowsBlock {
         }
       });
       warp_barrier();
+      // Two queries x 8 keys at a time. Row i of the product is query i / 4 and key 2 (i % 4), row i + 8 the key after it: a lane has neighbours.
+      Lanes<float, 4> z[4][kTiles];
       VITKERNELS_UNROLL
       for (int pair = 0; pair < 4; ++pair) {
-        // Two queries x 8 keys. Row i of the product is query i / 4 and key 2 (i % 4), row i + 8 the key after it: a lane then has neighbours.
         Lanes<uint32_t, 4> elements;
         load_matrices<false>(elements, [&](int lane) {
           return place(2 * pair + lane % 8 / 4, lane % 4 * 2 + lane / 8 % 2, kTiles > 1 ? lane / 16 : 0);
         });
-        Lanes<float, 4> z[kTiles];
-        Lanes<float, 2> squares;
         VITKERNELS_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-          each_lane([&](int, int slot) {
-            for (int e = 0; e < 4; ++e) z[i][slot][e] = 0;
-          });
-          mma<Float16>(z[i], elements, mix, 2 * i);
-          if constexpr (std::is_same_v<T, Float16>) mma<Float16>(z[i], elements, rest, 2 * i);
+          mma<Float16>(z[pair][i], elements, mix, 2 * i, first[i]);
+          if constexpr (std::is_same_v<T, Float16>) mma<Float16>(z[pair][i], elements, rest, 2 * i, z[pair][i]);
         }
-        each_lane([&](int, int slot) {
-          squares[slot][0] = squares[slot][1] = 0;
-          VITKERNELS_UNROLL
-          for (int i = 0; i < kTiles; ++i) {
+      }
+      warp_barrier();
+      if (layer) {
+        VITKERNELS_UNROLL
+        for (int pair = 0; pair < 4; ++pair) {
+          Lanes<float, 2> squares;
+          each_lane([&](int, int slot) {
+            squares[slot][0] = squares[slot][1] = 0;
             VITKERNELS_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              float& value = z[i][slot][e];
-              value = fmaf(value, factor[i][slot][e & 1], constant[i][slot][e & 1]);
-              squares[slot][e / 2] = fmaf(value, value, squares[slot][e / 2]);
+            for (int i = 0; i < kTiles; ++i) {
+              VITKERNELS_UNROLL
+              for (int e = 0; e < 4; ++e) squares[slot][e / 2] = fmaf(z[pair][i][slot][e], z[pair][i][slot][e], squares[slot][e / 2]);
             }
-          }
-        });
-        if (layer) {
+          });
           row_sum(squares);
           each_lane([&](int, int slot) {
             VITKERNELS_UNROLL
@@ -405,28 +470,33 @@ struct RowsBlock {
               VITKERNELS_UNROLL
               for (int i = 0; i < kTiles; ++i) {
                 VITKERNELS_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                  float& value = z[i][slot][2 * r + e];
-                  value = fmaf(value * inverse, weight[i][slot][e], bias[i][slot][e]);
-                }
+                for (int e = 0; e < 2; ++e) z[pair][i][slot][2 * r + e] = fmaf(z[pair][i][slot][2 * r + e] * inverse, weight[i][slot][e], bias[i][slot][e]);
               }
             }
           });
         }
-        each_lane([&](int lane, int slot) {
+      } else {
+        each_lane([&](int, int slot) {
+          VITKERNELS_UNROLL
+          for (int i = 0; i < 4 * kTiles * 4; ++i) z[i / 4 / kTiles][i / 4 % kTiles][slot][i % 4] *= scale;
+        });
+      }
+      each_lane([&](int lane, int slot) {
+        VITKERNELS_UNROLL
+        for (int pair = 0; pair < 4; ++pair) {
           const int row = 8 * half + 2 * pair + lane / 16, key = lane / 4 % 4 * 2;
           VITKERNELS_UNROLL
           for (int i = 0; i < kTiles; ++i) {
             VITKERNELS_UNROLL
             for (int e = 0; e < 2; ++e) {
               const int g = 8 * i + lane % 4 * 2 + e;
-              if (g >= a.heads) continue;
-              *reinterpret_cast<uint32_t*>(maps + g * Plan::kMapHead + row * Plan::kMapRow + 2 * key) = packed<T>(z[i][slot][e], z[i][slot][2 + e]);
+              if (8 * i + 8 > Plan::kHeads && g >= Plan::kHeads) continue;
+              *reinterpret_cast<uint32_t*>(maps + g * Plan::kMapHead + row * Plan::kMapRow + 2 * key) =
+                  packed<T>(z[pair][i][slot][e], z[pair][i][slot][2 + e]);
             }
           }
-        });
-      }
-      warp_barrier();
+        }
+      });
     }
   }
 
@@ -436,8 +506,8 @@ struct RowsBlock {
     for (int j = 0; j < kHeadsOfWarp; ++j) {
       const int h = share(warp) + kKeyGroups * j;
       if (h >= a.heads) continue;
-      const char* maps = at(places.maps + h * Plan::kMapHead + 16 * row_group(warp) * Plan::kMapRow);
-      const char* v = at(places.v + h * kKeys * Plan::kRow);
+      const char* maps = at(Plan::kMaps + h * Plan::kMapHead + 16 * row_group(warp) * Plan::kMapRow);
+      const char* v = at(Plan::kV + h * kKeys * Plan::kRow);
       VITKERNELS_UNROLL
       for (int k = 0; k < kKeys; k += 16) {
         Lanes<uint32_t, 4> left;
@@ -447,7 +517,7 @@ struct RowsBlock {
           Lanes<uint32_t, 4> right;
           load_matrices<true>(right, [&](int lane) { return v + (k + lane % 16) * Plan::kRow + 32 * c + lane / 16 * 16; });
           VITKERNELS_UNROLL
-          for (int i = 0; i < 2; ++i) mma<T>(acc[team.place_of(warp)][j][2 * c + i], left, right, 2 * i);
+          for (int i = 0; i < 2; ++i) mma<T>(sums(warp, j)[2 * c + i], left, right, 2 * i, sums(warp, j)[2 * c + i]);
         }
       }
     }
@@ -468,7 +538,7 @@ struct RowsBlock {
           VITKERNELS_UNROLL
           for (int n = 0; n < 2 * Plan::kSteps; ++n) {
             const int column = first_column + 8 * n + lane % 4 * 2;
-            const float* value = &acc[team.place_of(warp)][j][n][slot][2 * r];
+            const float* value = &sums(warp, j)[n][slot][2 * r];
             if (a.value_dim % 2 == 0) {
               if (column < a.value_dim) store_pair(to + column, value[0], value[1]);
             } else {

@@ -9,7 +9,9 @@ namespace vitkernels::head_mixing::cuda {
 template <class T, int kSteps>
 __global__ void __launch_bounds__(32 * kLseWarps, 4) re_attention_lse_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(16) char shared[];
-  lse_block<T, kSteps>({shared, blockIdx.x}, args);
+  const Team<kLseWarps> team{shared, blockIdx.x};
+  if (blockIdx.x + 1 < gridDim.x) return lse_block<T, kSteps>(team, args);
+  if (args.folded) fold_block(team, args);
 }
 
 template <class T, int kHeads, int kSteps, int kRowGroups>
@@ -29,7 +31,7 @@ inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 template <class T, int kSteps>
 cudaError_t launch_lse(const Arguments& args, cudaStream_t stream) {
-  const int64_t blocks = args.batch * args.heads * pieces(args.tokens, kLseQueries);
+  const int64_t blocks = (args.lse_is_known ? 0 : args.batch * args.heads * pieces(args.tokens, kLseQueries)) + 1;
   return launch(re_attention_lse_kernel<T, kSteps>, args, blocks, 32 * kLseWarps, kLseShared<kSteps>, stream);
 }
 
@@ -40,20 +42,30 @@ cudaError_t Launch<T>::lse(const Arguments& args, cudaStream_t stream) {
 
 template <class T, class P>
 cudaError_t launch_rows(const Arguments& args, int64_t blocks, cudaStream_t stream) {
-  return launch(re_attention_rows_kernel<T, P::kHeads, P::kSteps, P::kRowGroups>, args, blocks, 32 * P::kWarps, P::places(args.heads).total, stream);
+  return launch(re_attention_rows_kernel<T, P::kHeads, P::kSteps, P::kRowGroups>, args, blocks, 32 * P::kWarps, P::kShared, stream);
 }
 
-// 32 queries a block read keys and values half as often as 16; where that would leave multiprocessors without a block, or is too large, 16.
+template <class P>
+int64_t blocks_of(const Arguments& args) {
+  return args.batch * pieces(args.value_dim, P::kColumns) * pieces(args.tokens, P::kQueries);
+}
+
+// 16, 32 or 64 queries a block, whichever takes the least time; of equals the most, which read keys and values less often.
 template <class T, int kHeads, int kSteps>
 cudaError_t launch_rows_of(const Arguments& args, int multiprocessors, int shared_limit, cudaStream_t stream) {
-  using Two = Plan<kHeads, kSteps, 2>;
-  using One = Plan<kHeads, kSteps, 1>;
-  const int64_t beside = args.batch * pieces(args.value_dim, Two::kColumns);
-  if (Two::places(args.heads).total <= shared_limit && beside * pieces(args.tokens, Two::kQueries) >= multiprocessors) {
-    return launch_rows<T, Two>(args, beside * pieces(args.tokens, Two::kQueries), stream);
+  const auto time = [&](auto plan) { return time_of<decltype(plan)>(blocks_of<decltype(plan)>(args), multiprocessors, shared_limit); };
+  const auto start = [&](auto plan) { return launch_rows<T, decltype(plan)>(args, blocks_of<decltype(plan)>(args), stream); };
+  const Plan<kHeads, kSteps, 1> one;
+  const Plan<kHeads, kSteps, 2> two;
+  const Plan<kHeads, kSteps, 4> four;
+  const int64_t of_one = time(one), of_two = time(two), of_four = time(four);
+  if constexpr (four.kShared <= kLargestShared) {
+    if (of_four <= of_two && of_four <= of_one) return start(four);
   }
-  if (One::places(args.heads).total > shared_limit) return cudaErrorInvalidConfiguration;
-  return launch_rows<T, One>(args, beside * pieces(args.tokens, One::kQueries), stream);
+  if constexpr (two.kShared <= kLargestShared) {
+    if (of_two <= of_one) return start(two);
+  }
+  return of_one < kNever ? start(one) : cudaErrorInvalidConfiguration;
 }
 
 template <class T, int kHeads>

@@ -9,6 +9,7 @@ namespace vitkernels {
 namespace {
 
 using head_mixing::cuda::Arguments;
+using head_mixing::cuda::Folded;
 using head_mixing::cuda::kLog2E;
 using head_mixing::cuda::kMaxDim;
 using head_mixing::cuda::kMaxHeads;
@@ -79,8 +80,11 @@ std::tuple<Tensor, Tensor> re_attention_rows(
   args.lse = const_cast<double*>(small(lse, q, batch * heads * tokens, "lse"));
   args.out = out.data_ptr();
   if (out.numel() == 0) return {out, lse};
+  const Tensor folded = torch::stable::new_empty(q, {static_cast<int64_t>(sizeof(Folded))}, ScalarType::Byte);
+  args.folded = static_cast<Folded*>(folded.data_ptr());
+  args.lse_is_known = known.has_value();
   with_launch(q, [&](auto launch) {
-    if (!known) STD_CUDA_CHECK(launch.lse(args, device.stream));
+    STD_CUDA_CHECK(launch.lse(args, device.stream));
     STD_CUDA_CHECK(launch.rows(args, device.multiprocessors, device.shared_limit, device.stream));
   });
   return {out, lse};

@@ -58,7 +58,7 @@ def re_attention(
 def _fits(device: torch.device, heads: int, dim: int, value_dim: int) -> bool:
     """Whether this GPU has the shared memory that a block needs."""
     needed = int(torch.ops.vitkernels.re_attention_shared_memory(heads, dim, value_dim))
-    return needed <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return needed <= int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -184,9 +184,11 @@ def _layer_norm(b_x, b_mix, start, o_h, m_h, m_n, heads, eps, PRECISION: tl.cons
 @triton.jit
 def _gram(b_y, b_x, b_products, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """``b_products`` [BLOCK_M, HEADS, HEADS] plus, for each query, the products of all heads' maps."""
+    # Three products of so many heads' fp32 maps would need more shared memory than there is.
+    OWN: tl.constexpr = "ieee" if PRECISION == "tf32x3" and b_y.shape[0] > 16 else PRECISION
     b_y = tl.permute(_rounded(b_y, PRECISION), (1, 0, 2))  # [BLOCK_M, HEADS, BLOCK_N]
     b_x = tl.permute(_rounded(b_x, PRECISION), (1, 2, 0))  # [BLOCK_M, BLOCK_N, HEADS]
-    return dot(b_y, b_x, b_products, PRECISION, INTERPRET)
+    return dot(b_y, b_x, b_products, OWN, INTERPRET)
 
 
 @triton.jit
@@ -197,6 +199,32 @@ def _store_rows(
     o_out = (wide(o_h, WIDE) * stride_h)[:, None, None] + (wide(o_r, WIDE) * stride_r)[None, :, None] + o_d[None, None, :]
     m_out = m_h[:, None, None] & m_r[None, :, None] & m_d[None, None, :]
     tl.store(out + i_b * heads * tokens * D + o_out, cast(value, out.dtype.element_ty, INTERPRET), mask=m_out)
+
+
+@triton.jit
+def re_attention_column_sums_kernel(
+    x,  # [B, H, N, D], strides below
+    out,  # [B, H, D] fp64, written
+    stride_b,
+    stride_h,
+    stride_n,
+    tokens,
+    heads,
+    columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sum of a head's rows, in a fixed order whatever the strides. PyTorch's own sum in fp64 makes a copy in fp64 first."""
+    i = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(columns, BLOCK_C)
+    o_c = i % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < columns
+    x += i // chunks // heads * stride_b + i // chunks % heads * stride_h
+    b_sum = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
+    for n in range(0, tokens, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N).to(tl.int64)
+        b_sum += tl.load(x + o_n[:, None] * stride_n + o_c[None, :], mask=(o_n < tokens)[:, None] & m_c[None, :], other=0.0).to(tl.float64)
+    tl.store(out + i // chunks * columns + o_c, tl.sum(b_sum, axis=0), mask=m_c)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -773,8 +801,8 @@ class _Folded(NamedTuple):
         return _Folded(factor[:, None] * mix, None, None, constant, mean, std, factor)
 
     def added(self, x: Tensor) -> Tensor | None:
-        """[B, H, columns]: the constant times the sum of the rows of ``x``, in float64: in which order PyTorch sums depends on the strides."""
-        return None if self.constant is None else self.constant[:, None] * x.sum(dim=2, dtype=torch.float64)
+        """[B, H, columns]: the constant times the sum of the rows of ``x``."""
+        return None if self.constant is None else self.constant[:, None] * _column_sums(x)
 
 
 class _Call(NamedTuple):
@@ -837,6 +865,24 @@ def _padded(step: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return x.shape[3] % step == 0 and x.stride(3) == 1 and all(stride % 16 == 0 for stride in x.stride()[:3])
 
     return tuple(x if fits(x) else F.pad(x, (0, -x.shape[3] % step)).contiguous() for x in tensors)
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """[B, H, D] in float64: the sum of each head's rows, equal bit for bit whatever the strides."""
+    batch, heads, tokens, columns = x.shape
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    out = x.new_empty((batch, heads, columns), dtype=torch.float64)
+    block = shared.power(columns, 16, 64)
+    shared.launch(
+        re_attention_column_sums_kernel,
+        batch * heads * shared.cdiv(columns, block),
+        *(x, out, *_strides(x), tokens, heads, columns),
+        BLOCK_N=1024 // block,
+        BLOCK_C=block,
+        num_warps=4,
+    )
+    return out
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -918,9 +964,7 @@ def re_attention(
     return out, lse, mix_weight.new_empty((0,)), mix_weight.new_empty((0,))
 
 
-def statistics(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mix_weight: Tensor, mix_bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def statistics(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mix_weight: Tensor, mix_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the mixed maps without dropout, [H] in float64, from the logsumexp."""
     rows = _padded(step_of(q.dtype, q.shape[3], v.shape[3]), q, k, v)
     with shared.on(q):
@@ -974,7 +1018,7 @@ def re_attention_backward(
         sums = _sums(*(c, rows, seed, lse, matrices, None if later else delta), *(True, both, live and seed is not None, layer, layer))
         if live and not both:
             sums[1] = _sums(c, (None, *rows[1:]), seed, lse, (None,) * 5, None, *(False, True, False, False, False))[1]
-        grad_constant = (grad_out.sum(dim=2, dtype=torch.float64) * v.sum(dim=2, dtype=torch.float64)).sum(dim=(0, 2))
+        grad_constant = (_column_sums(grad_out) * _column_sums(v)).sum(dim=(0, 2))
         small, square, offset = _small_gradients(c, mix_weight, folded, norm, live, grad_constant, *sums)
         if live:
             matrices = *folded[:3], square, offset if seed is not None else None
