@@ -52,6 +52,7 @@ _BOTH = (FORWARD, TRAINING)
 # By op, backend and architecture.
 COMMITTED: dict[tuple[str, str, str], Committed] = {
     ("cascaded_group_attention", "triton", "sm_90"): Committed(_H200, {"bfloat16": _BOTH, "float32": _BOTH}),
+    ("re_attention", "triton", "sm_90"): Committed(_H200, {"bfloat16": (FORWARD,)}),
 }
 
 
@@ -82,9 +83,9 @@ def shown(rows: Iterable[Mapping[str, Any]], specs: Mapping[str, OpSpec]) -> dic
 
 
 def architecture(device: torch.device) -> str:
-    """``sm_90`` and the like; on ROCm the gfx name."""
+    """``sm_90`` and the like; on ROCm the gfx name (which torch for CUDA has, too: there it is the GPU's product name)."""
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "gcnArchName", "") or f"sm_{properties.major}{properties.minor}"
+    return properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 @functools.cache

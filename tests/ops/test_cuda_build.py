@@ -1,7 +1,7 @@
 """The CUDA C++ kernels compiled for real GPUs: registers, spills and shared memory read from the binary. No GPU needed, only nvcc.
 
-What the kernels compute is tested by csrc/tests/test_cascaded_block.cpp, which runs their own code on the CPU; how much shared memory they ask for at
-a launch, and that it fits each GPU, by csrc/tests/test_cascaded_schedule.cpp.
+What the kernels compute is tested by csrc/tests/test_cascaded_block.cpp and test_re_attention_block.cpp, which run their own code on the CPU; how much
+shared memory they ask for at a launch, and that it fits each GPU, by test_cascaded_schedule.cpp and the latter.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ FORWARD_BLOCKS = {1: 2, 4: 2, 13: 1}
 # Bytes of stack a thread may have; all others have none. In float32 a row of 208 scores and the halves they are split into are all that 255 registers
 # hold, and what spills is read a few times a window; in the other case 8 bytes buy a second block a multiprocessor.
 STACK_BUDGET = {("bwd", "float32", 13): 128, ("fwd", "float32", 4): 16}
+# Re-Attention: heads there is room for, steps of 16 columns, groups of 16 queries, the last with 128 threads each. With four groups a thread has 128
+# registers and spills a few; on an H200 it is the fastest of the three all the same.
+PLANS = [
+    *((heads, steps, groups) for heads in (8, 12) for steps in (2, 4) for groups in (1, 2, 4) if (heads, steps, groups) != (12, 4, 4)),
+    *((16, 2, groups) for groups in (1, 2)),
+    (16, 4, 1),
+]
+PLAN_STACK_BUDGET = {(12, 2, 4): 64, (8, 4, 4): 32, (16, 4, 1): 32}
+LSE_BLOCKS, LSE_THREADS = 4, 128
 
 
 @dataclass(frozen=True)
@@ -87,14 +96,38 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernels(library: Path) -> list[Kernel]:
-    found = []
-    for architecture, function, used in _resources(library):
-        match = re.search(r"cascaded_group_attention_(fwd|bwd|bwd_weights)_kernelI(f|N[S0-9].*?E)(?:Li(\d+)ELb[01]E)?E+v", function)
-        assert match, f"{function} is no kernel of ours"
-        stack = used["STACK"] + used["LOCAL"]
-        found.append(Kernel(architecture, match[1], ELEMENTS[match[2]], int(match[3]) if match[3] else None, used["REG"], stack, used["SHARED"]))
+def resources(library: Path) -> list[tuple[str, str, dict[str, int]]]:
+    found = _resources(library)
+    for _, function, _ in found:
+        assert re.search(r"(cascaded_group|re)_attention_\w+_kernel", function), f"{function} is no kernel of ours"
     return found
+
+
+@pytest.fixture(scope="module")
+def kernels(resources: list[tuple[str, str, dict[str, int]]]) -> list[Kernel]:
+    found = []
+    for architecture, function, used in resources:
+        if match := re.search(r"cascaded_group_attention_(fwd|bwd|bwd_weights)_kernelI(f|N[S0-9].*?E)(?:Li(\d+)ELb[01]E)?E+v", function):
+            stack = used["STACK"] + used["LOCAL"]
+            found.append(Kernel(architecture, match[1], ELEMENTS[match[2]], int(match[3]) if match[3] else None, used["REG"], stack, used["SHARED"]))
+    return found
+
+
+def test_re_attention_has_every_plan_within_its_budget(resources: list[tuple[str, str, dict[str, int]]]) -> None:
+    rows, lse = [], []
+    for architecture, function, used in resources:
+        stack = used["STACK"] + used["LOCAL"]
+        if match := re.search(r"re_attention_rows_kernelI(N[S0-9].*?E)Li(\d+)ELi(\d+)ELi(\d+)EE+v", function):
+            plan = (int(match[2]), int(match[3]), int(match[4]))
+            rows.append((architecture, ELEMENTS[match[1]], plan))
+            assert used["REG"] <= min(255, REGISTER_FILE // (128 * plan[2])), f"{function}: {used}"
+            assert stack <= PLAN_STACK_BUDGET.get(plan, 0), f"{function}: {used}"
+        elif match := re.search(r"re_attention_lse_kernelI(N[S0-9].*?E)Li(\d+)EE+v", function):
+            lse.append((architecture, ELEMENTS[match[1]], int(match[2])))
+            assert used["REG"] <= REGISTER_FILE // (LSE_THREADS * LSE_BLOCKS) and stack == 0, f"{function}: {used}"
+    elements = ("bfloat16", "float16")
+    assert sorted(rows) == sorted((a, e, plan) for a in ARCHITECTURES for e in elements for plan in PLANS)
+    assert sorted(lse) == sorted((a, e, steps) for a in ARCHITECTURES for e in elements for steps in (2, 4))
 
 
 def test_every_kernel_is_compiled_for_every_architecture(kernels: list[Kernel]) -> None:

@@ -99,6 +99,14 @@ def test_every_re_attention_kernel_fits_every_target(dim: int, dtype: torch.dtyp
     _assert_all_fit(aot.budgets(lambda: aot.re_attention_launches(dim, dtype, **aot.RE_ATTENTION_OPTIONS[options]), options))
 
 
+def test_seventeen_heads_fit_an_h100() -> None:
+    """In fp32, with the sums of a live batch norm, which took more shared memory than there is. They spill (README); on an A100 they do not fit."""
+    table = aot.budgets(lambda: aot.re_attention_launches(8, torch.float32, heads=17, tokens=7, norm="batch", live=True), "", ("sm_90",))
+    assert len(table) > 5
+    misfits = [f"{b.kernel}: {b.shared} of {b.shared_limit} bytes shared" for b in table if b.shared > b.shared_limit]
+    assert not misfits, "\n".join(misfits)
+
+
 @pytest.mark.parametrize(("classes", "dtype", "options"), MATCHING, ids=_name)
 def test_every_matching_kernel_fits_every_target(classes: int, dtype: torch.dtype, options: str) -> None:
     _assert_all_fit(aot.budgets(lambda: aot.matching_launches(classes, dtype, **aot.MATCHING_OPTIONS[options]), options))
@@ -116,7 +124,7 @@ def _stage(name: str) -> aot.Stage:
         (packed, lambda: aot.packed_launches(32, torch.bfloat16, **aot.PACKED_OPTIONS["all"]), 5),
         (cascaded_group, lambda: aot.cascaded_group_launches(_stage("m0 stage 1"), torch.bfloat16), 8),
         (matching, lambda: aot.matching_launches(92, torch.bfloat16), 3),
-        (head_mixing, lambda: aot.re_attention_launches(32, torch.bfloat16, **aot.RE_ATTENTION_OPTIONS["batch live"]), 5),
+        (head_mixing, lambda: aot.re_attention_launches(32, torch.bfloat16, **aot.RE_ATTENTION_OPTIONS["batch live"]), 6),
     ],
     ids=["separable", "shared", "packed", "cascaded_group", "matching", "head_mixing"],
 )

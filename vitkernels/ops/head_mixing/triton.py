@@ -823,7 +823,7 @@ class _Call(NamedTuple):
         """``rows``: what is read by rows, :func:`_padded`."""
         batch, heads, tokens, dim = q.shape
         value_dim = v.shape[3]
-        centre = 1 / tokens if norm == BATCH and tokens else 0.0
+        centre = 1 / tokens if norm == BATCH and tokens and dropout_p < 1 else 0.0
         keep_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         precision = "ieee" if torch.version.hip is not None else "tf32x3" if q.dtype is torch.float32 else "tf32"
         return _Call(
