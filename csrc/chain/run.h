@@ -5,9 +5,9 @@
 // a layer that looks at one pixel alone runs on a tile as soon as the layer before has made it.
 #pragma once
 
+#include "bottleneck/panels.h"
 #include "cascaded_group/kernels.h"
 #include "chain/kernels.h"
-#include "common/gemm.h"
 #include "common/runs.h"
 #include "common/tile.h"
 
@@ -24,27 +24,56 @@ constexpr int64_t kLargeMatrix = 512 << 10;
 // Of the maps of the images of a pass, in bytes.
 constexpr int64_t kMaps = 4 << 20;
 
-template <class S>
+// Left: what the products' left operands are held as, T or, for matrices in pairs, bfloat16.
+template <class S, class Left = Arith<S>>
 struct Pass {
   using T = Arith<S>;
   static constexpr int64_t lanes = kLanes<T>;
+  static constexpr bool kPairs = std::is_same_v<Left, BFloat16>;
 
   const Chain& a;
 
   const S* matrix(const Layer& l, int64_t i) const { return static_cast<const S*>(a.matrices) + l.matrices[i]; }
   const T* vector(const Layer& l, int64_t i) const { return static_cast<const T*>(a.vectors) + l.vectors[i]; }
 
-  // epilogue(row, column, sums of the vector of columns there) for the product of `rows` rows with the panels [from, to) of a matrix [depth, columns].
+  // Left operands: rows so far apart.
+  struct Rows {
+    const Left* data;
+    int64_t row;
+  };
+
+  // epilogue(row, column, sums with their biases of the vector of columns there) for the product of `rows` rows with the panels [panels.begin, panels.end) of
+  // matrix i of a layer, [depth, columns]. Epilogues hold copies, too.
   template <class Epilogue>
-  static void multiply(int64_t rows, int64_t depth, int64_t columns, const T* left, int64_t left_row, const S* matrix, Range panels, const Epilogue& epilogue) {
-    for (int64_t first = panels.begin * kPanelColumns; first < min_of(panels.end * kPanelColumns, columns); first += kPanelColumns) {
-      const int64_t width = min_of(round_up(columns, kAlign) - first, kPanelColumns);
-      gemm_in_parts(rows, depth, width / lanes, left, left_row, matrix + first * depth, width, [&](int64_t row, int64_t v, Vec<T> acc) {
-        epilogue(row, first + v * lanes, acc);
-      });
+  void multiply(const Layer& l, int64_t i, int64_t rows, int64_t depth, int64_t columns, Rows left, Range panels, const Epilogue& epilogue) const {
+    const int64_t first = panels.begin * kPanel, end = min_of(panels.end * kPanel, columns);
+    if (kPairs) depth = round_up(depth, 2);
+    times_panels(rows, depth, end - first, left.data, left.row, matrix(l, i) + first * depth, vector(l, i) + first, [=](int64_t row, int64_t column, Vec<T> y) {
+      epilogue(row, first + column, y);
+    });
+  }
+  static Range all(int64_t columns) { return {0, ceil_div(columns, kPanel)}; }
+
+  // Rows of values as left operands: where they lie, or rounded to bfloat16 in `buffer`.
+  static Rows as_left(const T* values, int64_t row, int64_t rows, int64_t columns, [[maybe_unused]] Left* buffer) {
+    if constexpr (kPairs) {
+      const int64_t target_row = left_row<Left>(columns);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; c += lanes) store_left(buffer + i * target_row + c, load(values + i * row + c));
+        complete(buffer + i * target_row, columns);
+      }
+      return {buffer, target_row};
+    } else {
+      return {values, row};
     }
   }
-  static Range all(int64_t columns) { return {0, ceil_div(columns, kPanelColumns)}; }
+  static int64_t as_left_size(int64_t rows, int64_t columns) { return kPairs ? rows * left_row<Left>(columns) : 0; }
+  // Half a pair is multiplied with zero, and must not be a NaN.
+  static void complete([[maybe_unused]] Left* row, [[maybe_unused]] int64_t columns) {
+    if constexpr (kPairs) {
+      if (columns % 2 != 0) row[columns] = {0};
+    }
+  }
 
   // body(first, count) for tiles of [0, rows), each worker's neighbours.
   template <class Body>
@@ -120,33 +149,33 @@ struct Pass {
   }
 
   // Whole vectors: what is read and written too much is overwritten by what follows, or lies in the slack behind.
-  static T* copy(const T* source, int64_t count, T* target) {
-    for (int64_t i = 0; i < count; i += lanes) store(target + i, load(source + i));
+  static Left* copy(const T* source, int64_t count, Left* target) {
+    for (int64_t i = 0; i < count; i += lanes) store_left(target + i, load(source + i));
     return target + count;
   }
-  static T* clear(int64_t count, T* target) {
-    for (int64_t i = 0; i < count; i += lanes) store(target + i, Vec<T>{});
+  static Left* clear(int64_t count, Left* target) {
+    for (int64_t i = 0; i < count; i += lanes) store_left(target + i, Vec<T>{});
     return target + count;
   }
-  static int64_t patch_row(const Layer& l) { return l.kernel * l.kernel * l.channels + kAlign; }
+  static int64_t depth(const Layer& l) { return l.kernel * l.kernel * l.channels; }
+  static int64_t patch_row(const Layer& l) { return left_row<Left>(depth(l)); }
 
   // The windows of some pixels as rows [dy][dx][channel].
-  static void gather(const Layer& l, const T* in, int64_t first, int64_t count, T* patches) {
+  static void gather(const Layer& l, const T* in, int64_t first, int64_t count, Left* patches) {
     const int64_t channels = l.channels, line = l.kernel * channels;
-    const auto taps = [&](const T* source, int64_t number, T* target) {
+    const auto taps = [&](const T* source, int64_t number, Left* target) {
       if (l.row == channels) return copy(source, number * channels, target);
       for (int64_t dx = 0; dx < number; ++dx) target = copy(source + dx * l.row, channels, target);
       return target;
     };
     by_fields(l, in, first, count, [&](int64_t i, const Field& field) {
-      T* target = patches + i * patch_row(l);
+      Left* target = patches + i * patch_row(l);
       const T* source = field.corner;
-      if (field.inside(l.kernel)) {
-        for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) target = taps(source, l.kernel, target);
-        return;
-      }
+      const bool inside = field.inside(l.kernel);
       for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) {
-        if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
+        if (inside) {
+          target = taps(source, l.kernel, target);
+        } else if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
           target = clear(line, target);
         } else {
           target = clear(field.left * channels, target);
@@ -154,6 +183,7 @@ struct Pass {
           target = clear((l.kernel - field.right) * channels, target);
         }
       }
+      complete(patches + i * patch_row(l), depth(l));
     });
   }
 
@@ -161,15 +191,19 @@ struct Pass {
 
   void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count, Range panels) const {
     const bool direct = Pass::direct(l);
-    Buffer<T> patches(direct ? 0 : count * patch_row(l) + kAlign);
-    if (!direct) gather(l, in, first, count, patches);
-    const T *left = direct ? in + first * l.row : patches.get(), *bias = vector(l, 0);
-    multiply(count, l.kernel * l.kernel * l.channels, l.out_channels, left, direct ? l.row : patch_row(l), matrix(l, 0), panels,
-             [&](int64_t row, int64_t column, Vec<T> acc) {
-               Vec<T> y = acc + load(bias + column);
-               if (l.relu) y = relu(y);
-               if (l.residual) y += load(in + (first + row) * l.row + column);
-               store(out + (first + row) * l.out_row + column, y);
+    Buffer<Left> patches(direct ? as_left_size(count, l.channels) : count * patch_row(l) + kAlign);
+    Rows left{patches, patch_row(l)};
+    if (direct) {
+      left = as_left(in + first * l.row, l.row, count, l.channels, patches);
+    } else {
+      gather(l, in, first, count, patches);
+    }
+    multiply(l, 0, count, depth(l), l.out_channels, left, panels,
+             [relu_too = l.relu, out = out + first * l.out_row, out_row = l.out_row, added = l.residual ? in + first * l.row : nullptr, in_row = l.row](
+                 int64_t row, int64_t column, Vec<T> y) {
+               if (relu_too) y = relu(y);
+               if (added) y += load(added + row * in_row + column);
+               store(out + row * out_row + column, y);
              });
   }
 
@@ -208,55 +242,53 @@ struct Pass {
   // --- layers that work in place ----------------------------------------------------------------------------------------------------------
 
   // Rows of x through the first matrix of a feed-forward layer, and on through the second, for some panels of each.
-  void expand(const Layer& l, const T* x, int64_t rows, T* hidden, Range panels) const {
-    const int64_t hidden_row = round_up(l.hidden, kAlign);
-    const T* bias = vector(l, 0);
-    multiply(rows, l.channels, l.hidden, x, l.row, matrix(l, 0), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
-      store(hidden + row * hidden_row + column, relu(acc + load(bias + column)));
+  void expand(const Layer& l, Rows x, int64_t rows, Left* hidden, Range panels) const {
+    multiply(l, 0, rows, l.channels, l.hidden, x, panels, [hidden, hidden_row = left_row<Left>(l.hidden)](int64_t row, int64_t column, Vec<T> y) {
+      store_left(hidden + row * hidden_row + column, relu(y));
     });
   }
-  void reduce(const Layer& l, const T* hidden, int64_t rows, T* x, Range panels) const {
-    const T* bias = vector(l, 1);
-    multiply(rows, l.hidden, l.channels, hidden, round_up(l.hidden, kAlign), matrix(l, 1), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
-      T* target = x + row * l.row + column;
-      const Vec<T> y = acc + load(bias + column);
-      store(target, l.residual ? y + load(target) : y);
-    });
+  void reduce(const Layer& l, const Left* hidden, int64_t rows, T* x, Range panels) const {
+    multiply(l, 1, rows, l.hidden, l.channels, {hidden, left_row<Left>(l.hidden)}, panels,
+             [x, x_row = l.row, residual = l.residual](int64_t row, int64_t column, Vec<T> y) {
+               T* target = x + row * x_row + column;
+               store(target, residual ? y + load(target) : y);
+             });
   }
 
   void feed_forward(const Layer& l, T* map, int64_t first, int64_t count) const {
-    Buffer<T> hidden(count * round_up(l.hidden, kAlign));
-    expand(l, map + first * l.row, count, hidden, all(l.hidden));
-    reduce(l, hidden, count, map + first * l.row, all(l.channels));
+    Buffer<Left> x(as_left_size(count, l.channels)), hidden(count * left_row<Left>(l.hidden));
+    map += first * l.row;
+    expand(l, as_left(map, l.row, count, l.channels, x), count, hidden, all(l.hidden));
+    reduce(l, hidden, count, map, all(l.channels));
   }
 
   // body(panels) for shares of a matrix's panels, for products of too few rows to share these.
   template <class Body>
   static void by_panels(int64_t columns, const Body& body) {
-    const int64_t panels = ceil_div(columns, kPanelColumns), workers = min_of(num_threads(), panels);
+    const int64_t panels = ceil_div(columns, kPanel), workers = min_of(num_threads(), panels);
     parallel(workers, [&](int64_t worker) { body(share(panels, worker, workers)); });
   }
 
   // Whether workers share a matrix by its columns and not by the rows of what it is multiplied with. Of few rows each has a block or two, and would read all
   // of a large matrix for that, from beyond its own cache.
   static bool shares_panels(int64_t rows, int64_t depth, int64_t columns) {
-    const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanelColumns), workers = num_threads();
+    const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanel), workers = num_threads();
     return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= kLargeMatrix &&
            blocks * ceil_div(panels, workers) <= ceil_div(blocks, workers) * panels;
   }
   static bool feeds_by_panels(const Layer& l, int64_t rows) { return shares_panels(rows, l.channels, l.hidden) && shares_panels(rows, l.hidden, l.channels); }
 
   void feed_forward_by_panels(const Layer& l, T* map, int64_t rows) const {
-    Buffer<T> hidden(rows * round_up(l.hidden, kAlign));
-    by_panels(l.hidden, [&](Range panels) { expand(l, map, rows, hidden, panels); });
+    Buffer<Left> memory(as_left_size(rows, l.channels)), hidden(rows * left_row<Left>(l.hidden));
+    const Rows x = as_left(map, l.row, rows, l.channels, memory);
+    by_panels(l.hidden, [&](Range panels) { expand(l, x, rows, hidden, panels); });
     by_panels(l.channels, [&](Range panels) { reduce(l, hidden, rows, map, panels); });
   }
 
   void squeeze_excite(const Layer& l, int64_t images, T* map) const {
-    const int64_t pixels = l.height * l.width, hidden_row = round_up(l.hidden, kAlign), vectors = l.row / lanes;
-    Buffer<T> memory(images * (2 * l.row + hidden_row));
-    T *mean = memory, *hidden = mean + images * l.row, *gate = hidden + images * hidden_row;
-    const T *inner = vector(l, 0), *outer = vector(l, 1);
+    const int64_t pixels = l.height * l.width, mean_row = left_row<Left>(l.row), hidden_row = left_row<Left>(l.hidden), vectors = l.row / lanes;
+    Buffer<Left> mean(images * mean_row), hidden(images * hidden_row);
+    Buffer<T> gate(images * l.row);
     const int64_t workers = min_of(num_threads(), images * vectors);
     parallel(workers, [&](int64_t worker) {
       const Range own = share(images * vectors, worker, workers);
@@ -269,17 +301,13 @@ struct Pass {
           for (int64_t p = y * l.width; p < (y + 1) * l.width; ++p) line += load(x + p * l.row);
           sum += line;
         }
-        store(mean + i / vectors * l.row + i % vectors * lanes, sum / static_cast<T>(pixels));
+        store_left(mean + i / vectors * mean_row + i % vectors * lanes, sum / static_cast<T>(pixels));
       }
     });
-    by_panels(l.hidden, [&](Range panels) {
-      multiply(images, l.channels, l.hidden, mean, l.row, matrix(l, 0), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
-        store(hidden + image * hidden_row + column, relu(acc + load(inner + column)));
-      });
-    });
+    by_panels(l.hidden, [&](Range panels) { expand(l, {mean, mean_row}, images, hidden, panels); });
     by_panels(l.channels, [&](Range panels) {
-      multiply(images, l.hidden, l.channels, hidden, hidden_row, matrix(l, 1), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
-        store(gate + image * l.row + column, T(1) / (T(1) + exp(-(acc + load(outer + column)))));
+      multiply(l, 1, images, l.hidden, l.channels, {hidden, hidden_row}, panels, [gate = gate.get(), row_size = l.row](int64_t image, int64_t column, Vec<T> y) {
+        store(gate + image * row_size + column, T(1) / (T(1) + exp(-y)));
       });
     });
     by_tiles(images * pixels, [&](int64_t first, int64_t count) {
@@ -370,11 +398,11 @@ inline int64_t largest_map(const Chain& a, int64_t begin) {
 
 // Passes over all images, one for the layers up to where maps have become so small that four times as many images fit in the cache, and so on: the weights
 // behind there are many, and each time they are read they should serve many pixels.
-template <class S>
-void run(const Chain& a) {
-  using T = Arith<S>;
+template <class Pass>
+void run_passes(const Chain& a) {
+  using T = typename Pass::T;
   if (a.batch == 0) return;
-  const Pass<S> pass{a};
+  const Pass pass{a};
   struct Part {
     int64_t begin, end, largest, images;
   };
@@ -411,6 +439,16 @@ void run(const Chain& a) {
     if (part.end == a.count) return;
     std::swap(in, out);
   }
+}
+
+template <class S>
+void run(const Chain& a) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (a.pairs) return run_passes<Pass<S, BFloat16>>(a);
+  }
+#endif
+  run_passes<Pass<S>>(a);
 }
 
 }  // namespace

@@ -165,6 +165,15 @@ def test_a_nan_stays_in_its_image() -> None:
     assert y[1].isnan().any() and torch.equal(y[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_pair_is_not_filled_up_with_the_next_image(kernel: int) -> None:
+    packed = op.pack([cast(Draw().convolution(3, 8, kernel), torch.bfloat16)], torch.bfloat16)
+    x = Draw(1)(2, 3, 6, 6).bfloat16()
+    expected = op.run(x, packed)
+    x[1] = torch.nan
+    assert torch.equal(op.run(x, packed)[0], expected[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pixels", [1, 4, 5])
 def test_few_pixels_for_many_threads(pixels: int, dtype: torch.dtype) -> None:
@@ -240,6 +249,7 @@ BAD: dict[str, tuple[Callable[[Tensor, op.Packed], Any], str]] = {
     "an even kernel": (lambda x, p: _call(x, p, program=(*p.program[:-1], 4)), "must be odd"),
     "negative": (lambda x, p: _call(x, p, program=(*p.program[:-1], -3)), "holds -3"),
     "short vectors": (lambda x, p: _call(x, p, vectors=p.vectors[:-16]), "needs contiguous matrices"),
+    "pairs of another dtype": (lambda x, p: _call(x, p, matrices=p.matrices.int()), "matrices must have the dtype"),
     "vectors in bfloat16": (lambda x, p: _call(x, p, vectors=p.vectors.bfloat16()), "accumulation type"),
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitkernels import backends
 from vitkernels.ops import _define
+from vitkernels.ops.bottleneck.op import bfloat16_products, panels
 from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Layer, SqueezeExcite
 
 backends.declare("layer_chain", backends.Support(triton=()))
@@ -23,9 +24,8 @@ backends.declare("layer_chain", backends.Support(triton=()))
 KINDS: tuple[type[Layer], ...] = (Convolution, Depthwise, FeedForward, SqueezeExcite, Attention)
 """A kind's number in a program is its place here."""
 
-# csrc/chain/kernels.h
 _ALIGN = 16
-_PANEL = 32
+"""``kAlign`` of csrc/chain/kernels.h."""
 
 
 class Packed(NamedTuple):
@@ -39,7 +39,7 @@ class Packed(NamedTuple):
     - of an attention: heads, key_dim, value channels of a head, window, and each head's kernel.
     """
 
-    matrices: Tensor  # in the dtype of x: of each layer the matrices [depth, columns], in panels of columns
+    matrices: Tensor  # each layer's, in panels of their columns and in the dtype of x; bfloat16 where the CPU multiplies in it as pairs, int32
     vectors: Tensor  # in the accumulation dtype: all else, each piece padded
     channels: int  # of x
     program: tuple[int, ...]
@@ -47,6 +47,7 @@ class Packed(NamedTuple):
 
 def pack(layers: Sequence[Layer], dtype: torch.dtype) -> Packed:
     """Layers, with weights of any dtype, for an input of ``dtype``."""
+    pairs = dtype is torch.bfloat16 and bfloat16_products()
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     program: list[int] = []
@@ -57,23 +58,21 @@ def pack(layers: Sequence[Layer], dtype: torch.dtype) -> Packed:
             case Convolution():
                 out_channels, _, kernel, _ = layer.weight.shape
                 program += [out_channels, kernel, layer.stride, layer.padding, layer.relu]
-                matrices.append(_panels(layer.weight.permute(2, 3, 1, 0).flatten(0, 2)))  # [(dy, dx, channel), out]
+                matrices.append(layer.weight.permute(0, 2, 3, 1).flatten(1))  # [out, (dy, dx, channel)]
                 vectors.append(layer.bias)
             case Depthwise():
                 program += [layer.weight.shape[-1], layer.stride, layer.padding, layer.relu]
                 vectors += [_padded(layer.weight.flatten(1).T), layer.bias]  # [(dy, dx), channel]
             case FeedForward() | SqueezeExcite():
                 program.append(layer.weight_1.shape[0])
-                matrices += [_panels(layer.weight_1.T), _panels(layer.weight_2.T)]
+                matrices += [layer.weight_1, layer.weight_2]
                 vectors += [layer.bias_1, layer.bias_2]
             case Attention():
                 program += _attention(layer, vectors)
     flat = [_padded(vector.flatten()) for vector in vectors]
     accumulation = _define.accumulation_dtype(dtype)
-    empty = flat[0].new_empty(0)
-    return Packed(
-        torch.cat([empty, *matrices]).to(dtype).contiguous(), torch.cat(flat).to(accumulation).contiguous(), channels, tuple(map(int, program))
-    )
+    packed = torch.cat([flat[0].new_empty(0, dtype=dtype), *(panels(matrix.to(dtype), pairs).flatten() for matrix in matrices)])
+    return Packed(packed.view(torch.int32) if pairs else packed, torch.cat(flat).to(accumulation).contiguous(), channels, tuple(map(int, program)))
 
 
 def _channels(layer: Layer) -> int:
@@ -89,11 +88,6 @@ def _channels(layer: Layer) -> int:
 
 def _padded(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % _ALIGN))
-
-
-def _panels(matrix: Tensor) -> Tensor:
-    """[depth, columns] in panels of columns, each [depth, _PANEL], one after the other; the last one as wide as it must be."""
-    return torch.cat([panel.flatten() for panel in _padded(matrix).split(_PANEL, dim=1)])
 
 
 def _attention(layer: Attention, vectors: list[Tensor]) -> list[int]:
