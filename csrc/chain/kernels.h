@@ -9,7 +9,8 @@
 
 namespace vitkernels::chain {
 
-enum class Kind : int64_t { kConvolution, kDepthwise, kFeedForward, kSqueezeExcite, kAttention };
+// The last one is no kind of a program's: a first convolution of so few channels that these are no vector.
+enum class Kind : int64_t { kConvolution, kDepthwise, kFeedForward, kSqueezeExcite, kAttention, kPool, kImage };
 
 // One layer, from a map [height, width, channels] to [out_height, out_width, out_channels]. A pixel's channels are neighbours in memory, `row` elements from
 // one pixel to the next.

@@ -46,7 +46,7 @@ class Reader {
   Layer layer() {
     Layer l{};
     const int64_t kind = next(0);
-    STD_TORCH_CHECK(kind <= static_cast<int64_t>(Kind::kAttention), "vitkernels::layer_chain: the program names no kind of layer with ", kind);
+    STD_TORCH_CHECK(kind < static_cast<int64_t>(Kind::kImage), "vitkernels::layer_chain: the program names no kind of layer with ", kind);
     l.kind = static_cast<Kind>(kind);
     l.residual = next(0) != 0;
     l.channels = l.out_channels = channels_, l.height = l.out_height = height_, l.width = l.out_width = width_;
@@ -55,9 +55,12 @@ class Reader {
       case Kind::kConvolution:
         l.out_channels = next(1);
         sliding(l);
-        // The channels of an image stay together: what a convolution gathers of a line is then one run.
-        if (layers_.empty() && channels_ < kAlign && !l.residual) l.row = channels_;
-        l.matrices[0] = matrix(l.kernel * l.kernel * channels_, l.out_channels);
+        if (layers_.empty() && channels_ < kAlign && !l.residual) {
+          l.kind = Kind::kImage, l.row = 0;  // there is no map of it
+          l.vectors[1] = vector(l.out_channels * channels_ * l.kernel * l.kernel);
+        } else {
+          l.matrices[0] = matrix(l.kernel * l.kernel * channels_, l.out_channels);
+        }
         l.vectors[0] = vector(l.out_channels);
         break;
       case Kind::kDepthwise:
@@ -71,8 +74,14 @@ class Reader {
         l.matrices[0] = matrix(channels_, l.hidden), l.matrices[1] = matrix(l.hidden, channels_);
         l.vectors[0] = vector(l.hidden), l.vectors[1] = vector(channels_);
         break;
+      case Kind::kPool:
+        l.out_height = l.out_width = 1;
+        l.vectors[0] = vector(channels_), l.vectors[1] = vector(channels_);
+        break;
       case Kind::kAttention:
         attention(l);
+        break;
+      case Kind::kImage:;  // not in programs
     }
     l.out_row = aligned(l.out_channels);
     STD_TORCH_CHECK(

@@ -109,10 +109,7 @@ struct Pass {
     const Layer& l = a.layers[0];
     const int64_t channels = l.channels, row = l.row;
     by_runs(a.x, first, images, l.height, l.width, [&](const S* data, int64_t count, int64_t stride, int64_t at) {
-      if (row % lanes == 0) return load_run(data, a.x.dim_stride, stride, count, {1, channels, round_up(channels, lanes), row}, out + at * row);
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < count; ++i) out[(at + i) * row + c] = to_float(data[c * a.x.dim_stride + i * stride]);
-      }
+      load_run(data, a.x.dim_stride, stride, count, {1, channels, round_up(channels, lanes), row}, out + at * row);
     });
   }
 
@@ -121,6 +118,75 @@ struct Pass {
     by_runs(a.y, first, images, l.out_height, l.out_width, [&](S* data, int64_t count, int64_t stride, int64_t at) {
       store_run(data, a.y.dim_stride, stride, count, {1, l.out_channels, round_up(l.out_channels, lanes), l.out_row}, in + at * l.out_row);
     });
+  }
+
+  // --- an image -----------------------------------------------------------------------------------------------------------------------------
+
+  // A first convolution of few channels, from the tensor itself: pixels are the lanes here, and lie so in it as a rule. With the pixels of a line apart by what is
+  // left of their number after the stride, every tap of neighbouring outputs is a run, and the taps of two vectors of outputs make the right operand of a product
+  // with the weight.
+  void image(const Layer& l, int64_t first_image, int64_t images, T* out) const {
+    const int64_t lines = images * l.out_height, workers = min_of(num_threads(), lines), depth = Pass::depth(l), taps = l.channels * l.kernel;
+    const int64_t length = round_up(l.out_width, lanes) + round_up(ceil_div(l.kernel, l.stride), lanes), line_size = l.stride * length;
+    constexpr int64_t step = 2 * lanes;
+    parallel(workers, [&](int64_t worker) {
+      Buffer<T> padded(line_size + l.width + l.padding + lanes), split(taps * line_size), panel(depth * step), sums(l.out_channels * step);
+      std::memset(padded, 0, static_cast<size_t>(line_size + l.width + l.padding + lanes) * sizeof(T));
+      const Range own = share(lines, worker, workers);
+      for (int64_t line = own.begin; line < own.end; ++line) {
+        const int64_t top = line % l.out_height * l.stride - l.padding;
+        const S* source = static_cast<const S*>(a.x.data) + (first_image + line / l.out_height) * a.x.batch_stride;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t y = top + tap % l.kernel;
+          if (y < 0 || y >= l.height) {
+            std::memset(split + tap * line_size, 0, static_cast<size_t>(line_size) * sizeof(T));
+          } else {
+            split_line(l, source + tap / l.kernel * a.x.dim_stride + y * a.x.height_stride, length, padded, split + tap * line_size);
+          }
+        }
+        for (int64_t x = 0; x < l.out_width; x += step) {
+          const int64_t count = min_of(step, l.out_width - x), vectors = ceil_div(count, lanes);
+          T* target = panel;
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            for (int64_t dx = 0; dx < l.kernel; ++dx, target += step) {
+              const T* run = split + tap * line_size + dx % l.stride * length + dx / l.stride + x;
+              for (int64_t v = 0; v < vectors; ++v) store(target + v * lanes, load(run + v * lanes));
+            }
+          }
+          gemm_in_parts(l.out_channels, depth, vectors, vector(l, 1), depth, panel.get(), step,
+                        [sums = sums.get(), bias = vector(l, 0), relu_too = l.relu](int64_t channel, int64_t v, Vec<T> acc) {
+                          const Vec<T> y = acc + bias[channel];
+                          store(sums + (2 * channel + v) * lanes, relu_too ? relu(y) : y);
+                        });
+          load_run(sums.get(), step, 1, count, {1, l.out_channels, round_up(l.out_channels, lanes), l.out_row}, out + (line * l.out_width + x) * l.out_row);
+        }
+      }
+    });
+  }
+
+  // A line between its padding as l.stride runs of `length`, pixel i at i / l.stride of run i % l.stride. `padded`: zeros, but for the line that was here before.
+  void split_line(const Layer& l, const S* line, int64_t length, T* padded, T* runs) const {
+    T* values = padded + l.padding;
+    const int64_t stride = a.x.width_stride;
+    if (stride == 1) {
+      int64_t i = 0;
+      for (; i + lanes <= l.width; i += lanes) store(values + i, load(line + i));
+      if (i < l.width) store(values + i, load_partial(line + i, l.width - i));
+    } else {
+      for (int64_t i = 0; i < l.width; ++i) values[i] = to_float(line[i * stride]);
+    }
+    if (l.stride == 2) {
+      constexpr IndexVec<T> even = make_index<T>([](int i) { return 2 * i; }), odd = make_index<T>([](int i) { return 2 * i + 1; });
+      for (int64_t i = 0; i < length; i += lanes) {
+        const Vec<T> low = load(padded + 2 * i), high = load(padded + 2 * i + lanes);
+        store(runs + i, shuffle(low, high, even));
+        store(runs + length + i, shuffle(low, high, odd));
+      }
+    } else {
+      for (int64_t run = 0; run < l.stride; ++run) {
+        for (int64_t i = 0; i < length; ++i) runs[run * length + i] = padded[i * l.stride + run];
+      }
+    }
   }
 
   // --- layers that slide over the map, for output pixels [first, first + count) -----------------------------------------------------------
@@ -273,7 +339,8 @@ struct Pass {
   // of a large matrix for that, from beyond its own cache.
   static bool shares_panels(int64_t rows, int64_t depth, int64_t columns) {
     const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanel), workers = num_threads();
-    return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= kLargeMatrix &&
+    const int64_t worth = blocks < workers ? kLargeMatrix / 8 : kLargeMatrix;  // some would have nothing to do
+    return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= worth &&
            blocks * ceil_div(panels, workers) <= ceil_div(blocks, workers) * panels;
   }
   static bool feeds_by_panels(const Layer& l, int64_t rows) { return shares_panels(rows, l.channels, l.hidden) && shares_panels(rows, l.hidden, l.channels); }
@@ -285,11 +352,10 @@ struct Pass {
     by_panels(l.channels, [&](Range panels) { reduce(l, hidden, rows, map, panels); });
   }
 
-  void squeeze_excite(const Layer& l, int64_t images, T* map) const {
-    const int64_t pixels = l.height * l.width, mean_row = left_row<Left>(l.row), hidden_row = left_row<Left>(l.hidden), vectors = l.row / lanes;
-    Buffer<Left> mean(images * mean_row), hidden(images * hidden_row);
-    Buffer<T> gate(images * l.row);
-    const int64_t workers = min_of(num_threads(), images * vectors);
+  // body(image, channel, means of the vector of channels there) for all of them.
+  template <class Body>
+  static void means(const Layer& l, int64_t images, const T* map, const Body& body) {
+    const int64_t pixels = l.height * l.width, vectors = l.row / lanes, workers = min_of(num_threads(), images * vectors);
     parallel(workers, [&](int64_t worker) {
       const Range own = share(images * vectors, worker, workers);
       for (int64_t i = own.begin; i < own.end; ++i) {
@@ -301,9 +367,22 @@ struct Pass {
           for (int64_t p = y * l.width; p < (y + 1) * l.width; ++p) line += load(x + p * l.row);
           sum += line;
         }
-        store_left(mean + i / vectors * mean_row + i % vectors * lanes, sum / static_cast<T>(pixels));
+        body(i / vectors, i % vectors * lanes, sum / static_cast<T>(pixels));
       }
     });
+  }
+
+  void pool(const Layer& l, int64_t images, const T* in, T* out) const {
+    means(l, images, in, [l, out, weight = vector(l, 0), bias = vector(l, 1)](int64_t image, int64_t channel, Vec<T> y) {
+      store(out + image * l.out_row + channel, y * load(weight + channel) + load(bias + channel));
+    });
+  }
+
+  void squeeze_excite(const Layer& l, int64_t images, T* map) const {
+    const int64_t pixels = l.height * l.width, mean_row = left_row<Left>(l.row), hidden_row = left_row<Left>(l.hidden);
+    Buffer<Left> mean(images * mean_row), hidden(images * hidden_row);
+    Buffer<T> gate(images * l.row);
+    means(l, images, map, [&](int64_t image, int64_t channel, Vec<T> y) { store_left(mean + image * mean_row + channel, y); });
     by_panels(l.hidden, [&](Range panels) { expand(l, {mean, mean_row}, images, hidden, panels); });
     by_panels(l.channels, [&](Range panels) {
       multiply(l, 1, images, l.hidden, l.channels, {hidden, hidden_row}, panels, [gate = gate.get(), row_size = l.row](int64_t image, int64_t column, Vec<T> y) {
@@ -377,6 +456,12 @@ struct Pass {
         case Kind::kSqueezeExcite:
           squeeze_excite(l, images, map);
           break;
+        case Kind::kPool:
+          pool(l, images, map, out);
+          map = out;
+          break;
+        case Kind::kImage:  // the chain has begun with it
+          break;
         case Kind::kAttention:
           attend(l, images, map, l.residual ? map : out);
           if (!l.residual) map = out;
@@ -427,8 +512,13 @@ void run_passes(const Chain& a) {
     for (int64_t image = 0; image < a.batch; image += part.images) {
       const int64_t images = min_of(part.images, a.batch - image);
       T* map = part.begin == 0 ? first : in + image * input_size(a.layers[part.begin]);
-      if (part.begin == 0) pass.read_maps(image, images, map);
-      map = pass.layers(part.begin, part.end, images, map, first, second);
+      int64_t begin = part.begin;
+      if (begin == 0 && a.layers[0].kind == Kind::kImage) {
+        pass.image(a.layers[begin++], image, images, map);
+      } else if (begin == 0) {
+        pass.read_maps(image, images, map);
+      }
+      map = pass.layers(begin, part.end, images, map, first, second);
       if (part.end == a.count) {
         pass.write_maps(image, images, map);
       } else {

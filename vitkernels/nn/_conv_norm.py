@@ -125,7 +125,7 @@ def _why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
     return None
 
 
-def fold(norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold(norms: Sequence[nn.BatchNorm1d | nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Frozen norms as ``factor * y + shift``, all their channels one after another, computed in ``dtype``. All share one eps."""
     weight, bias, mean, var = (
         torch.cat([getattr(norm, name) for norm in norms]).to(dtype) for name in ("weight", "bias", "running_mean", "running_var")
@@ -161,8 +161,13 @@ def why_not_operands(layers: Sequence[Layer], x: Tensor, *others: Tensor) -> str
     plain = [layer.conv.weight for layer in layers] + [layer.conv.bias for layer in layers]
     if (reason := _checks.why_not_operands(x, *others, *plain)) is not None:
         return reason
+    return why_not_norms([layer.norm for layer in layers if layer.norm is not None], x)
+
+
+def why_not_norms(norms: Sequence[nn.BatchNorm1d | nn.BatchNorm2d], x: Tensor) -> str | None:
+    """Parameters of norms that are no plain tensors, or of dtypes and devices that do not go with ``x``."""
     dtypes = (compute_dtype(x), _define.accumulation_dtype(x.dtype))
-    for norm in (layer.norm for layer in layers if layer.norm is not None):
+    for norm in norms:
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             assert tensor is not None
             if (reason := _checks.why_not_weight("a norm's parameter", tensor)) is not None:

@@ -17,11 +17,11 @@ from torch import Tensor
 from vitkernels import backends
 from vitkernels.ops import _define
 from vitkernels.ops.bottleneck.op import bfloat16_products, panels
-from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Layer, SqueezeExcite
+from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Layer, Pool, SqueezeExcite
 
 backends.declare("layer_chain", backends.Support(triton=()))
 
-KINDS: tuple[type[Layer], ...] = (Convolution, Depthwise, FeedForward, SqueezeExcite, Attention)
+KINDS: tuple[type[Layer], ...] = (Convolution, Depthwise, FeedForward, SqueezeExcite, Attention, Pool)
 """A kind's number in a program is its place here."""
 
 _ALIGN = 16
@@ -36,7 +36,10 @@ class Packed(NamedTuple):
     - of a convolution: output channels, kernel, stride, padding, whether a ReLU follows;
     - of a depthwise one: the same without the output channels;
     - of a feed-forward layer or a squeeze-and-excitation: the channels inside;
-    - of an attention: heads, key_dim, value channels of a head, window, and each head's kernel.
+    - of an attention: heads, key_dim, value channels of a head, window, and each head's kernel;
+    - of a mean: nothing.
+
+    The weight of a first convolution of fewer than 16 channels, without a residual, is among the vectors.
     """
 
     matrices: Tensor  # each layer's, in panels of their columns and in the dtype of x; bfloat16 where the CPU multiplies in it as pairs, int32
@@ -52,13 +55,16 @@ def pack(layers: Sequence[Layer], dtype: torch.dtype) -> Packed:
     vectors: list[Tensor] = []
     program: list[int] = []
     channels = _channels(layers[0])
-    for layer in layers:
+    for place, layer in enumerate(layers):
         program += [KINDS.index(type(layer)), layer.residual]
         match layer:
             case Convolution():
                 out_channels, _, kernel, _ = layer.weight.shape
                 program += [out_channels, kernel, layer.stride, layer.padding, layer.relu]
-                matrices.append(layer.weight.permute(0, 2, 3, 1).flatten(1))  # [out, (dy, dx, channel)]
+                if place == 0 and channels < _ALIGN and not layer.residual:
+                    vectors.append(layer.weight)
+                else:
+                    matrices.append(layer.weight.permute(0, 2, 3, 1).flatten(1))  # [out, (dy, dx, channel)]
                 vectors.append(layer.bias)
             case Depthwise():
                 program += [layer.weight.shape[-1], layer.stride, layer.padding, layer.relu]
@@ -69,6 +75,8 @@ def pack(layers: Sequence[Layer], dtype: torch.dtype) -> Packed:
                 vectors += [layer.bias_1, layer.bias_2]
             case Attention():
                 program += _attention(layer, vectors)
+            case Pool():
+                vectors += [layer.weight, layer.bias]
     flat = [_padded(vector.flatten()) for vector in vectors]
     accumulation = _define.accumulation_dtype(dtype)
     packed = torch.cat([flat[0].new_empty(0, dtype=dtype), *(panels(matrix.to(dtype), pairs).flatten() for matrix in matrices)])
@@ -80,7 +88,7 @@ def _channels(layer: Layer) -> int:
         case Convolution() | FeedForward() | SqueezeExcite():
             weight = layer.weight if isinstance(layer, Convolution) else layer.weight_1
             return weight.shape[1]
-        case Depthwise():
+        case Depthwise() | Pool():
             return layer.weight.shape[0]
         case Attention():
             return layer.packed.proj_weight.shape[0]
@@ -148,6 +156,8 @@ def _shapes(program: Sequence[int], channels: int, height: Any, width: Any) -> I
             heads, _, _, least = (next(numbers) for _ in range(4))
             for _ in range(heads):
                 next(numbers)
+        elif KINDS[kind] is Pool:
+            height = width = 1
         else:
             next(numbers)
         yield shape, least
