@@ -254,7 +254,7 @@ def run(module: Any, x: Tensor, head: Callable[[Tensor], Tensor] | None = None) 
     else:
         y = op.run(x, packed)
     if headed:
-        return y.flatten(1)
+        return y.view(y.shape[:2])
     return y if head is None else head(y)
 
 
