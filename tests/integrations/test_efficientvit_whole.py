@@ -239,6 +239,14 @@ def test_another_head_is_called(change: Callable[[Any], None], images: Tensor, r
     assert len(runs) == 2 and runs[0] == runs[1] + 9 and not handle.fallbacks
 
 
+def test_a_head_for_other_channels_fails_as_before(images: Tensor) -> None:
+    original, accelerated, _ = pair(zoo.small_efficientvit(), images)
+    for model in (original.bfloat16(), accelerated.bfloat16()):
+        model.head = nn.Linear(model.head.linear.in_features - 1, 10).bfloat16()  # as many pairs
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            infer(model, images.bfloat16())
+
+
 def _patched(model: Any) -> None:
     conv = model.stages[1].downsample.res1[0].m.conv
     conv.forward = lambda x, forward=conv.forward: forward(x) * 1.5

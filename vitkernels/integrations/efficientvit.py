@@ -1,4 +1,4 @@
-"""Whole EfficientViTs (MSRA, arXiv 2305.07027) in inference: a stage, the patch embedding, the authors' whole model, each as one chain of layers.
+"""Whole EfficientViTs (MSRA, arXiv 2305.07027) in inference: a stage, the patch embedding, a whole model with its head, each as one chain of layers.
 
 timm's classes and the authors' keep their layers under the same names, so one description of what they are made of serves both. With gradients and
 in training, each layer runs by itself and the attention in them as :mod:`vitkernels.integrations.cascaded_group` has it.

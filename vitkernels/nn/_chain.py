@@ -147,15 +147,27 @@ def attention(module: Any) -> Step:
 def head(name: str, norm: Any, linear: Any) -> Head:
     """A mean over the map, then a norm, if there is one, and a linear layer."""
     plain(name, linear, nn.Linear)
+    reason = _conv_norm.why_not_own(name, linear, "weight", "bias")
     if norm is not None:
         plain(f"the norm before {name}", norm, nn.BatchNorm1d)
+        reason = reason or _conv_norm.why_not_own(f"the norm before {name}", norm, "weight", "bias", "running_mean", "running_var")
         if norm.training or norm.weight is None or norm.running_mean is None or norm.running_var is None or not norm.track_running_stats:
             raise Other(f"the norm before {name} is in training, or has no weight or no running statistics")
     found = Head(norm, linear)
     for tensor in found.tensors():
-        if (reason := _checks.why_not_weight("a weight", tensor)) is not None:
-            raise Other(reason)
+        reason = reason or _checks.why_not_weight("a weight", tensor)
+    if reason is not None:
+        raise Other(reason)
     return found
+
+
+def _why_not_head(found: Head, channels: int, x: Tensor) -> str | None:
+    """Why a head does not go with ``x``, or with a map of so many channels."""
+    norm, linear = found
+    of_norm = found.tensors()[1 if linear.bias is None else 2 :]
+    if linear.weight.shape[1:] != (channels,) or any(tensor.shape != (channels,) for tensor in of_norm):
+        return f"the head is not one for a map of {channels} channels"
+    return _checks.why_not_operands(x, linear.weight, linear.bias) or _conv_norm.why_not_norms([] if norm is None else [norm], x)
 
 
 def _folded_head(found: Head, dtype: torch.dtype) -> list[Any]:
@@ -192,9 +204,7 @@ def _layers(plan: Plan, x: Tensor, headed: bool) -> list[Any] | str:
     dtype = _define.accumulation_dtype(x.dtype)
     layers = [_folded(step, dtype) for step in plan.steps]
     if headed and plan.head is not None:
-        norm, linear = plan.head
-        reason = _checks.why_not_operands(x, linear.weight, linear.bias) or _conv_norm.why_not_norms([] if norm is None else [norm], x)
-        if reason is not None:
+        if (reason := _why_not_head(plan.head, plan.steps[-1].layers[-1].conv.out_channels, x)) is not None:
             return reason
         layers += _folded_head(plan.head, dtype)
     return layers
