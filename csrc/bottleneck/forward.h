@@ -4,8 +4,8 @@
 #pragma once
 
 #include "bottleneck/kernels.h"
+#include "bottleneck/panels.h"
 #include "common/activation.h"
-#include "common/gemm.h"
 #include "common/tile.h"
 
 namespace vitkernels {
@@ -41,21 +41,6 @@ void activate_pixels(T* values, int64_t count, int64_t stride, Activation activa
     case Activation::kRelu: return each([](Vec<T> v) { return relu(v); });
     case Activation::kSilu: return each([](Vec<T> v) { return silu<T>(v); });
     case Activation::kGelu: return each([](Vec<T> v) { return gelu(v); });
-  }
-}
-
-// body(row, first channel, acc + bias) over whole vectors: tokens [rows][depth] times panels, which are pairs where the tokens are bfloat16. Bodies hold copies:
-// what they held by reference would be read again after each store.
-template <class L, class T, class Body>
-void times_panels(int64_t rows, int64_t depth, int64_t channels, const L* a, int64_t a_row, const L* panels, const T* bias, const Body& body) {
-  using Right = std::conditional_t<std::is_same_v<L, BFloat16>, uint32_t, L>;
-  constexpr int64_t lanes = kLanes<T>, step = sizeof(Right) / sizeof(L);
-  for (int64_t first = 0; first < channels; first += kPanel, panels += kPanel * depth) {
-    const int64_t vectors = ceil_div(min_of(channels - first, kPanel), lanes);
-    gemm_in_parts(rows, depth / step, vectors, a, a_row, reinterpret_cast<const Right*>(panels), kPanel, [=](int64_t row, int64_t v, Vec<T> acc) {
-      const int64_t channel = first + v * lanes;
-      body(row, channel, acc + load(bias + channel));
-    });
   }
 }
 
@@ -111,20 +96,20 @@ __attribute__((noinline)) void depthwise_row(
 template <class S, class Left = Arith<S>>
 struct Forward {
   using T = Arith<S>;
-  static constexpr int64_t lanes = kLanes<T>, line = kVectorBytes / static_cast<int64_t>(sizeof(Left));
+  static constexpr int64_t lanes = kLanes<T>;
 
   explicit Forward(const Bottleneck& arguments)
       : a(arguments),
         x(static_cast<const S*>(a.x)),
         residual(static_cast<const S*>(a.residual)),
         y(static_cast<S*>(a.y)),
-        hidden_stride((ceil_div(a.hidden, line) | 1) * line),
+        hidden_stride(left_row<Left>(a.hidden)),
         moments(a.norm == Norm::kSample ? a.batch * 2 : 0) {}
 
   const Bottleneck& a;
   const S *x, *residual;
   S* y;
-  const int64_t hidden_stride;  // an odd number of cache lines: the rows of a block would else fall into few sets of the L1 cache
+  const int64_t hidden_stride;
   Buffer<T> moments;  // mean and 1 / standard deviation of each sample
 
   // Mean of a token, and the sum of the squared distances from it.

@@ -10,7 +10,12 @@ void run_any(const chain::Chain& a) { VITKERNELS_FOR_DTYPE(run) }
 }  // namespace
 
 const chain::Kernels& chain_kernels() {
-  static constexpr chain::Kernels kernels = {run_any};
+#if defined(__AVX512BF16__)
+  constexpr bool pairs = true;
+#else
+  constexpr bool pairs = false;
+#endif
+  static constexpr chain::Kernels kernels = {run_any, pairs};
   return kernels;
 }
 

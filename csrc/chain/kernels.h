@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "bottleneck/kernels.h"
 #include "common/dtype.h"
 #include "common/map.h"
 
 namespace vitkernels::chain {
 
-enum class Kind : int64_t { kConvolution, kDepthwise, kFeedForward, kSqueezeExcite, kAttention };
+// The last one is no kind of a program's: a first convolution of so few channels that these are no vector.
+enum class Kind : int64_t { kConvolution, kDepthwise, kFeedForward, kSqueezeExcite, kAttention, kPool, kImage };
 
 // One layer, from a map [height, width, channels] to [out_height, out_width, out_channels]. A pixel's channels are neighbours in memory, `row` elements from
 // one pixel to the next.
@@ -25,22 +27,25 @@ struct Layer {
   int64_t matrices[2], vectors[7];  // where its weights begin, in the order in which vitkernels/ops/chain/op.py packs them
 };
 
-// Channels of a pixel, columns of a matrix and pieces of `vectors` are padded to a multiple of this, for whole vectors of every instruction set.
+// Channels of a pixel and pieces of `vectors` are padded to a multiple of this, for whole vectors of every instruction set.
 constexpr int64_t kAlign = 16;
-// A matrix [depth, columns] lies in panels of so many columns, one after the other, each [depth][kPanelColumns] (the last one may be narrower).
-constexpr int64_t kPanelColumns = 32;
+// A matrix [depth, columns] lies in panels as the weights of a bottleneck do.
+using bottleneck::kPanel;
 
 struct Chain {
   Dtype dtype;  // of x, y and the matrices
   int64_t batch;
   Map x, y;
   const void *matrices, *vectors;  // the vectors are in the accumulation type
+  // Whether the matrices are pairs, [panels][depth / 2][kPanel][2], odd depths filled up with zeros. Only of bfloat16, and with kernels that say so.
+  bool pairs;
   const Layer* layers;
   int64_t count;
 };
 
 struct Kernels {
   void (*run)(const Chain&);
+  bool pairs;  // bfloat16 products of pairs are there
 };
 
 }  // namespace vitkernels::chain

@@ -14,12 +14,15 @@ const chain::Kernels& kernels() {
   return table;
 }
 
-int64_t aligned(int64_t count) { return (count + kAlign - 1) / kAlign * kAlign; }
+int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+int64_t aligned(int64_t count) { return round_up(count, kAlign); }
 
 // Reads a program, layer by layer. Python has made it of checked modules: the checks here guard direct callers of torch.ops from reading out of bounds.
 class Reader {
  public:
-  Reader(const std::vector<int64_t>& program, const Tensor& x) : program_(program), channels_(x.size(1)), height_(x.size(2)), width_(x.size(3)) {
+  // With `pairs` depths are even.
+  Reader(const std::vector<int64_t>& program, const Tensor& x, bool pairs)
+      : program_(program), step_(pairs ? 2 : 1), channels_(x.size(1)), height_(x.size(2)), width_(x.size(3)) {
     while (at_ < program_.size()) layers_.push_back(layer());
   }
 
@@ -34,13 +37,16 @@ class Reader {
     STD_TORCH_CHECK(value >= least && value < (int64_t{1} << 31), "vitkernels::layer_chain: the program holds ", value, " where at least ", least, " is needed");
     return value;
   }
-  int64_t matrix(int64_t depth, int64_t columns) { return matrices_ += depth * aligned(columns), matrices_ - depth * aligned(columns); }
+  int64_t matrix(int64_t depth, int64_t columns) {
+    const int64_t size = round_up(depth, step_) * round_up(columns, kPanel);
+    return matrices_ += size, matrices_ - size;
+  }
   int64_t vector(int64_t count) { return vectors_ += aligned(count), vectors_ - aligned(count); }
 
   Layer layer() {
     Layer l{};
     const int64_t kind = next(0);
-    STD_TORCH_CHECK(kind <= static_cast<int64_t>(Kind::kAttention), "vitkernels::layer_chain: the program names no kind of layer with ", kind);
+    STD_TORCH_CHECK(kind < static_cast<int64_t>(Kind::kImage), "vitkernels::layer_chain: the program names no kind of layer with ", kind);
     l.kind = static_cast<Kind>(kind);
     l.residual = next(0) != 0;
     l.channels = l.out_channels = channels_, l.height = l.out_height = height_, l.width = l.out_width = width_;
@@ -49,9 +55,12 @@ class Reader {
       case Kind::kConvolution:
         l.out_channels = next(1);
         sliding(l);
-        // The channels of an image stay together: what a convolution gathers of a line is then one run.
-        if (layers_.empty() && channels_ < kAlign && !l.residual) l.row = channels_;
-        l.matrices[0] = matrix(l.kernel * l.kernel * channels_, l.out_channels);
+        if (layers_.empty() && channels_ < kAlign && !l.residual) {
+          l.kind = Kind::kImage, l.row = 0;  // there is no map of it
+          l.vectors[1] = vector(l.out_channels * channels_ * l.kernel * l.kernel);
+        } else {
+          l.matrices[0] = matrix(l.kernel * l.kernel * channels_, l.out_channels);
+        }
         l.vectors[0] = vector(l.out_channels);
         break;
       case Kind::kDepthwise:
@@ -65,8 +74,14 @@ class Reader {
         l.matrices[0] = matrix(channels_, l.hidden), l.matrices[1] = matrix(l.hidden, channels_);
         l.vectors[0] = vector(l.hidden), l.vectors[1] = vector(channels_);
         break;
+      case Kind::kPool:
+        l.out_height = l.out_width = 1;
+        l.vectors[0] = vector(channels_), l.vectors[1] = vector(channels_);
+        break;
       case Kind::kAttention:
         attention(l);
+        break;
+      case Kind::kImage:;  // not in programs
     }
     l.out_row = aligned(l.out_channels);
     STD_TORCH_CHECK(
@@ -102,6 +117,7 @@ class Reader {
 
   const std::vector<int64_t>& program_;
   size_t at_ = 0;
+  const int64_t step_;
   int64_t channels_, height_, width_, matrices_ = 0, vectors_ = 0;
   std::vector<Layer> layers_;
 };
@@ -111,11 +127,13 @@ class Reader {
 Tensor layer_chain(const Tensor& x, const Tensor& matrices, const Tensor& vectors, std::vector<int64_t> program) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "vitkernels::layer_chain: x must be [B, C, H, W], not empty but for B");
   STD_TORCH_CHECK(!program.empty(), "vitkernels::layer_chain: the program is empty");
-  const Reader reader(program, x);
-  check_same(matrices, x, "matrices");
+  const bool pairs = x.scalar_type() == ScalarType::BFloat16 && matrices.scalar_type() == ScalarType::Int;
+  STD_TORCH_CHECK(!pairs || kernels().pairs, "vitkernels::layer_chain: matrices of pairs need bfloat16 products (avx512_bf16)");
+  if (!pairs) check_same(matrices, x, "matrices");
+  const Reader reader(program, x, pairs);
   STD_TORCH_CHECK(vectors.scalar_type() == accumulation_type(x), "vitkernels::layer_chain: vectors must be in the accumulation type");
   STD_TORCH_CHECK(
-      matrices.is_contiguous() && matrices.numel() == reader.matrices() && vectors.is_contiguous() && vectors.numel() == reader.vectors(),
+      matrices.is_contiguous() && matrices.numel() * (pairs ? 2 : 1) == reader.matrices() && vectors.is_contiguous() && vectors.numel() == reader.vectors(),
       "vitkernels::layer_chain: the program needs contiguous matrices of ", reader.matrices(), " elements and vectors of ", reader.vectors());
   const std::vector<Layer>& layers = reader.layers();
   const int64_t batch = x.size(0), channels = layers.back().out_channels, height = layers.back().out_height, width = layers.back().out_width;
@@ -123,7 +141,7 @@ Tensor layer_chain(const Tensor& x, const Tensor& matrices, const Tensor& vector
   const int64_t pixels = height * width;
   Tensor y = channels_last ? empty_strided({batch, channels, height, width}, {pixels * channels, 1, width * channels, channels}, x.scalar_type())
                            : empty_strided({batch, channels, height, width}, {pixels * channels, pixels, width, 1}, x.scalar_type());
-  kernels().run({dtype_of(x), batch, map_of(x), map_of(y), matrices.data_ptr(), vectors.data_ptr(), layers.data(), static_cast<int64_t>(layers.size())});
+  kernels().run({dtype_of(x), batch, map_of(x), map_of(y), matrices.data_ptr(), vectors.data_ptr(), pairs, layers.data(), static_cast<int64_t>(layers.size())});
   return y;
 }
 

@@ -5,9 +5,9 @@
 // a layer that looks at one pixel alone runs on a tile as soon as the layer before has made it.
 #pragma once
 
+#include "bottleneck/panels.h"
 #include "cascaded_group/kernels.h"
 #include "chain/kernels.h"
-#include "common/gemm.h"
 #include "common/runs.h"
 #include "common/tile.h"
 
@@ -24,27 +24,56 @@ constexpr int64_t kLargeMatrix = 512 << 10;
 // Of the maps of the images of a pass, in bytes.
 constexpr int64_t kMaps = 4 << 20;
 
-template <class S>
+// Left: what the products' left operands are held as, T or, for matrices in pairs, bfloat16.
+template <class S, class Left = Arith<S>>
 struct Pass {
   using T = Arith<S>;
   static constexpr int64_t lanes = kLanes<T>;
+  static constexpr bool kPairs = std::is_same_v<Left, BFloat16>;
 
   const Chain& a;
 
   const S* matrix(const Layer& l, int64_t i) const { return static_cast<const S*>(a.matrices) + l.matrices[i]; }
   const T* vector(const Layer& l, int64_t i) const { return static_cast<const T*>(a.vectors) + l.vectors[i]; }
 
-  // epilogue(row, column, sums of the vector of columns there) for the product of `rows` rows with the panels [from, to) of a matrix [depth, columns].
+  // Left operands: rows so far apart.
+  struct Rows {
+    const Left* data;
+    int64_t row;
+  };
+
+  // epilogue(row, column, sums with their biases of the vector of columns there) for the product of `rows` rows with the panels [panels.begin, panels.end) of
+  // matrix i of a layer, [depth, columns]. Epilogues hold copies, too.
   template <class Epilogue>
-  static void multiply(int64_t rows, int64_t depth, int64_t columns, const T* left, int64_t left_row, const S* matrix, Range panels, const Epilogue& epilogue) {
-    for (int64_t first = panels.begin * kPanelColumns; first < min_of(panels.end * kPanelColumns, columns); first += kPanelColumns) {
-      const int64_t width = min_of(round_up(columns, kAlign) - first, kPanelColumns);
-      gemm_in_parts(rows, depth, width / lanes, left, left_row, matrix + first * depth, width, [&](int64_t row, int64_t v, Vec<T> acc) {
-        epilogue(row, first + v * lanes, acc);
-      });
+  void multiply(const Layer& l, int64_t i, int64_t rows, int64_t depth, int64_t columns, Rows left, Range panels, const Epilogue& epilogue) const {
+    const int64_t first = panels.begin * kPanel, end = min_of(panels.end * kPanel, columns);
+    if (kPairs) depth = round_up(depth, 2);
+    times_panels(rows, depth, end - first, left.data, left.row, matrix(l, i) + first * depth, vector(l, i) + first, [=](int64_t row, int64_t column, Vec<T> y) {
+      epilogue(row, first + column, y);
+    });
+  }
+  static Range all(int64_t columns) { return {0, ceil_div(columns, kPanel)}; }
+
+  // Rows of values as left operands: where they lie, or rounded to bfloat16 in `buffer`.
+  static Rows as_left(const T* values, int64_t row, int64_t rows, int64_t columns, [[maybe_unused]] Left* buffer) {
+    if constexpr (kPairs) {
+      const int64_t target_row = left_row<Left>(columns);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; c += lanes) store_left(buffer + i * target_row + c, load(values + i * row + c));
+        complete(buffer + i * target_row, columns);
+      }
+      return {buffer, target_row};
+    } else {
+      return {values, row};
     }
   }
-  static Range all(int64_t columns) { return {0, ceil_div(columns, kPanelColumns)}; }
+  static int64_t as_left_size(int64_t rows, int64_t columns) { return kPairs ? rows * left_row<Left>(columns) : 0; }
+  // Half a pair is multiplied with zero, and must not be a NaN.
+  static void complete([[maybe_unused]] Left* row, [[maybe_unused]] int64_t columns) {
+    if constexpr (kPairs) {
+      if (columns % 2 != 0) row[columns] = {0};
+    }
+  }
 
   // body(first, count) for tiles of [0, rows), each worker's neighbours.
   template <class Body>
@@ -80,10 +109,7 @@ struct Pass {
     const Layer& l = a.layers[0];
     const int64_t channels = l.channels, row = l.row;
     by_runs(a.x, first, images, l.height, l.width, [&](const S* data, int64_t count, int64_t stride, int64_t at) {
-      if (row % lanes == 0) return load_run(data, a.x.dim_stride, stride, count, {1, channels, round_up(channels, lanes), row}, out + at * row);
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < count; ++i) out[(at + i) * row + c] = to_float(data[c * a.x.dim_stride + i * stride]);
-      }
+      load_run(data, a.x.dim_stride, stride, count, {1, channels, round_up(channels, lanes), row}, out + at * row);
     });
   }
 
@@ -92,6 +118,75 @@ struct Pass {
     by_runs(a.y, first, images, l.out_height, l.out_width, [&](S* data, int64_t count, int64_t stride, int64_t at) {
       store_run(data, a.y.dim_stride, stride, count, {1, l.out_channels, round_up(l.out_channels, lanes), l.out_row}, in + at * l.out_row);
     });
+  }
+
+  // --- an image -----------------------------------------------------------------------------------------------------------------------------
+
+  // A first convolution of few channels, from the tensor itself: pixels are the lanes here, and lie so in it as a rule. With the pixels of a line apart by what is
+  // left of their number after the stride, every tap of neighbouring outputs is a run, and the taps of two vectors of outputs make the right operand of a product
+  // with the weight.
+  void image(const Layer& l, int64_t first_image, int64_t images, T* out) const {
+    const int64_t lines = images * l.out_height, workers = min_of(num_threads(), lines), depth = Pass::depth(l), taps = l.channels * l.kernel;
+    const int64_t length = round_up(l.out_width, lanes) + round_up(ceil_div(l.kernel, l.stride), lanes), line_size = l.stride * length;
+    constexpr int64_t step = 2 * lanes;
+    parallel(workers, [&](int64_t worker) {
+      Buffer<T> padded(line_size + l.width + l.padding + lanes), split(taps * line_size), panel(depth * step), sums(l.out_channels * step);
+      std::memset(padded, 0, static_cast<size_t>(line_size + l.width + l.padding + lanes) * sizeof(T));
+      const Range own = share(lines, worker, workers);
+      for (int64_t line = own.begin; line < own.end; ++line) {
+        const int64_t top = line % l.out_height * l.stride - l.padding;
+        const S* source = static_cast<const S*>(a.x.data) + (first_image + line / l.out_height) * a.x.batch_stride;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t y = top + tap % l.kernel;
+          if (y < 0 || y >= l.height) {
+            std::memset(split + tap * line_size, 0, static_cast<size_t>(line_size) * sizeof(T));
+          } else {
+            split_line(l, source + tap / l.kernel * a.x.dim_stride + y * a.x.height_stride, length, padded, split + tap * line_size);
+          }
+        }
+        for (int64_t x = 0; x < l.out_width; x += step) {
+          const int64_t count = min_of(step, l.out_width - x), vectors = ceil_div(count, lanes);
+          T* target = panel;
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            for (int64_t dx = 0; dx < l.kernel; ++dx, target += step) {
+              const T* run = split + tap * line_size + dx % l.stride * length + dx / l.stride + x;
+              for (int64_t v = 0; v < vectors; ++v) store(target + v * lanes, load(run + v * lanes));
+            }
+          }
+          gemm_in_parts(l.out_channels, depth, vectors, vector(l, 1), depth, panel.get(), step,
+                        [sums = sums.get(), bias = vector(l, 0), relu_too = l.relu](int64_t channel, int64_t v, Vec<T> acc) {
+                          const Vec<T> y = acc + bias[channel];
+                          store(sums + (2 * channel + v) * lanes, relu_too ? relu(y) : y);
+                        });
+          load_run(sums.get(), step, 1, count, {1, l.out_channels, round_up(l.out_channels, lanes), l.out_row}, out + (line * l.out_width + x) * l.out_row);
+        }
+      }
+    });
+  }
+
+  // A line between its padding as l.stride runs of `length`, pixel i at i / l.stride of run i % l.stride. `padded`: zeros, but for the line that was here before.
+  void split_line(const Layer& l, const S* line, int64_t length, T* padded, T* runs) const {
+    T* values = padded + l.padding;
+    const int64_t stride = a.x.width_stride;
+    if (stride == 1) {
+      int64_t i = 0;
+      for (; i + lanes <= l.width; i += lanes) store(values + i, load(line + i));
+      if (i < l.width) store(values + i, load_partial(line + i, l.width - i));
+    } else {
+      for (int64_t i = 0; i < l.width; ++i) values[i] = to_float(line[i * stride]);
+    }
+    if (l.stride == 2) {
+      constexpr IndexVec<T> even = make_index<T>([](int i) { return 2 * i; }), odd = make_index<T>([](int i) { return 2 * i + 1; });
+      for (int64_t i = 0; i < length; i += lanes) {
+        const Vec<T> low = load(padded + 2 * i), high = load(padded + 2 * i + lanes);
+        store(runs + i, shuffle(low, high, even));
+        store(runs + length + i, shuffle(low, high, odd));
+      }
+    } else {
+      for (int64_t run = 0; run < l.stride; ++run) {
+        for (int64_t i = 0; i < length; ++i) runs[run * length + i] = padded[i * l.stride + run];
+      }
+    }
   }
 
   // --- layers that slide over the map, for output pixels [first, first + count) -----------------------------------------------------------
@@ -120,33 +215,33 @@ struct Pass {
   }
 
   // Whole vectors: what is read and written too much is overwritten by what follows, or lies in the slack behind.
-  static T* copy(const T* source, int64_t count, T* target) {
-    for (int64_t i = 0; i < count; i += lanes) store(target + i, load(source + i));
+  static Left* copy(const T* source, int64_t count, Left* target) {
+    for (int64_t i = 0; i < count; i += lanes) store_left(target + i, load(source + i));
     return target + count;
   }
-  static T* clear(int64_t count, T* target) {
-    for (int64_t i = 0; i < count; i += lanes) store(target + i, Vec<T>{});
+  static Left* clear(int64_t count, Left* target) {
+    for (int64_t i = 0; i < count; i += lanes) store_left(target + i, Vec<T>{});
     return target + count;
   }
-  static int64_t patch_row(const Layer& l) { return l.kernel * l.kernel * l.channels + kAlign; }
+  static int64_t depth(const Layer& l) { return l.kernel * l.kernel * l.channels; }
+  static int64_t patch_row(const Layer& l) { return left_row<Left>(depth(l)); }
 
   // The windows of some pixels as rows [dy][dx][channel].
-  static void gather(const Layer& l, const T* in, int64_t first, int64_t count, T* patches) {
+  static void gather(const Layer& l, const T* in, int64_t first, int64_t count, Left* patches) {
     const int64_t channels = l.channels, line = l.kernel * channels;
-    const auto taps = [&](const T* source, int64_t number, T* target) {
+    const auto taps = [&](const T* source, int64_t number, Left* target) {
       if (l.row == channels) return copy(source, number * channels, target);
       for (int64_t dx = 0; dx < number; ++dx) target = copy(source + dx * l.row, channels, target);
       return target;
     };
     by_fields(l, in, first, count, [&](int64_t i, const Field& field) {
-      T* target = patches + i * patch_row(l);
+      Left* target = patches + i * patch_row(l);
       const T* source = field.corner;
-      if (field.inside(l.kernel)) {
-        for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) target = taps(source, l.kernel, target);
-        return;
-      }
+      const bool inside = field.inside(l.kernel);
       for (int64_t dy = 0; dy < l.kernel; ++dy, source += l.width * l.row) {
-        if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
+        if (inside) {
+          target = taps(source, l.kernel, target);
+        } else if (dy < field.top || dy >= field.bottom || field.left >= field.right) {
           target = clear(line, target);
         } else {
           target = clear(field.left * channels, target);
@@ -154,6 +249,7 @@ struct Pass {
           target = clear((l.kernel - field.right) * channels, target);
         }
       }
+      complete(patches + i * patch_row(l), depth(l));
     });
   }
 
@@ -161,15 +257,19 @@ struct Pass {
 
   void convolve(const Layer& l, const T* in, T* out, int64_t first, int64_t count, Range panels) const {
     const bool direct = Pass::direct(l);
-    Buffer<T> patches(direct ? 0 : count * patch_row(l) + kAlign);
-    if (!direct) gather(l, in, first, count, patches);
-    const T *left = direct ? in + first * l.row : patches.get(), *bias = vector(l, 0);
-    multiply(count, l.kernel * l.kernel * l.channels, l.out_channels, left, direct ? l.row : patch_row(l), matrix(l, 0), panels,
-             [&](int64_t row, int64_t column, Vec<T> acc) {
-               Vec<T> y = acc + load(bias + column);
-               if (l.relu) y = relu(y);
-               if (l.residual) y += load(in + (first + row) * l.row + column);
-               store(out + (first + row) * l.out_row + column, y);
+    Buffer<Left> patches(direct ? as_left_size(count, l.channels) : count * patch_row(l) + kAlign);
+    Rows left{patches, patch_row(l)};
+    if (direct) {
+      left = as_left(in + first * l.row, l.row, count, l.channels, patches);
+    } else {
+      gather(l, in, first, count, patches);
+    }
+    multiply(l, 0, count, depth(l), l.out_channels, left, panels,
+             [relu_too = l.relu, out = out + first * l.out_row, out_row = l.out_row, added = l.residual ? in + first * l.row : nullptr, in_row = l.row](
+                 int64_t row, int64_t column, Vec<T> y) {
+               if (relu_too) y = relu(y);
+               if (added) y += load(added + row * in_row + column);
+               store(out + row * out_row + column, y);
              });
   }
 
@@ -208,56 +308,54 @@ struct Pass {
   // --- layers that work in place ----------------------------------------------------------------------------------------------------------
 
   // Rows of x through the first matrix of a feed-forward layer, and on through the second, for some panels of each.
-  void expand(const Layer& l, const T* x, int64_t rows, T* hidden, Range panels) const {
-    const int64_t hidden_row = round_up(l.hidden, kAlign);
-    const T* bias = vector(l, 0);
-    multiply(rows, l.channels, l.hidden, x, l.row, matrix(l, 0), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
-      store(hidden + row * hidden_row + column, relu(acc + load(bias + column)));
+  void expand(const Layer& l, Rows x, int64_t rows, Left* hidden, Range panels) const {
+    multiply(l, 0, rows, l.channels, l.hidden, x, panels, [hidden, hidden_row = left_row<Left>(l.hidden)](int64_t row, int64_t column, Vec<T> y) {
+      store_left(hidden + row * hidden_row + column, relu(y));
     });
   }
-  void reduce(const Layer& l, const T* hidden, int64_t rows, T* x, Range panels) const {
-    const T* bias = vector(l, 1);
-    multiply(rows, l.hidden, l.channels, hidden, round_up(l.hidden, kAlign), matrix(l, 1), panels, [&](int64_t row, int64_t column, Vec<T> acc) {
-      T* target = x + row * l.row + column;
-      const Vec<T> y = acc + load(bias + column);
-      store(target, l.residual ? y + load(target) : y);
-    });
+  void reduce(const Layer& l, const Left* hidden, int64_t rows, T* x, Range panels) const {
+    multiply(l, 1, rows, l.hidden, l.channels, {hidden, left_row<Left>(l.hidden)}, panels,
+             [x, x_row = l.row, residual = l.residual](int64_t row, int64_t column, Vec<T> y) {
+               T* target = x + row * x_row + column;
+               store(target, residual ? y + load(target) : y);
+             });
   }
 
   void feed_forward(const Layer& l, T* map, int64_t first, int64_t count) const {
-    Buffer<T> hidden(count * round_up(l.hidden, kAlign));
-    expand(l, map + first * l.row, count, hidden, all(l.hidden));
-    reduce(l, hidden, count, map + first * l.row, all(l.channels));
+    Buffer<Left> x(as_left_size(count, l.channels)), hidden(count * left_row<Left>(l.hidden));
+    map += first * l.row;
+    expand(l, as_left(map, l.row, count, l.channels, x), count, hidden, all(l.hidden));
+    reduce(l, hidden, count, map, all(l.channels));
   }
 
   // body(panels) for shares of a matrix's panels, for products of too few rows to share these.
   template <class Body>
   static void by_panels(int64_t columns, const Body& body) {
-    const int64_t panels = ceil_div(columns, kPanelColumns), workers = min_of(num_threads(), panels);
+    const int64_t panels = ceil_div(columns, kPanel), workers = min_of(num_threads(), panels);
     parallel(workers, [&](int64_t worker) { body(share(panels, worker, workers)); });
   }
 
   // Whether workers share a matrix by its columns and not by the rows of what it is multiplied with. Of few rows each has a block or two, and would read all
   // of a large matrix for that, from beyond its own cache.
   static bool shares_panels(int64_t rows, int64_t depth, int64_t columns) {
-    const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanelColumns), workers = num_threads();
-    return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= kLargeMatrix &&
+    const int64_t blocks = ceil_div(rows, kBlockRows), panels = ceil_div(columns, kPanel), workers = num_threads();
+    const int64_t worth = blocks < workers ? kLargeMatrix / 8 : kLargeMatrix;  // some would have nothing to do
+    return workers > 1 && blocks <= 2 * workers && depth * columns * static_cast<int64_t>(sizeof(S)) >= worth &&
            blocks * ceil_div(panels, workers) <= ceil_div(blocks, workers) * panels;
   }
   static bool feeds_by_panels(const Layer& l, int64_t rows) { return shares_panels(rows, l.channels, l.hidden) && shares_panels(rows, l.hidden, l.channels); }
 
   void feed_forward_by_panels(const Layer& l, T* map, int64_t rows) const {
-    Buffer<T> hidden(rows * round_up(l.hidden, kAlign));
-    by_panels(l.hidden, [&](Range panels) { expand(l, map, rows, hidden, panels); });
+    Buffer<Left> memory(as_left_size(rows, l.channels)), hidden(rows * left_row<Left>(l.hidden));
+    const Rows x = as_left(map, l.row, rows, l.channels, memory);
+    by_panels(l.hidden, [&](Range panels) { expand(l, x, rows, hidden, panels); });
     by_panels(l.channels, [&](Range panels) { reduce(l, hidden, rows, map, panels); });
   }
 
-  void squeeze_excite(const Layer& l, int64_t images, T* map) const {
-    const int64_t pixels = l.height * l.width, hidden_row = round_up(l.hidden, kAlign), vectors = l.row / lanes;
-    Buffer<T> memory(images * (2 * l.row + hidden_row));
-    T *mean = memory, *hidden = mean + images * l.row, *gate = hidden + images * hidden_row;
-    const T *inner = vector(l, 0), *outer = vector(l, 1);
-    const int64_t workers = min_of(num_threads(), images * vectors);
+  // body(image, channel, means of the vector of channels there) for all of them.
+  template <class Body>
+  static void means(const Layer& l, int64_t images, const T* map, const Body& body) {
+    const int64_t pixels = l.height * l.width, vectors = l.row / lanes, workers = min_of(num_threads(), images * vectors);
     parallel(workers, [&](int64_t worker) {
       const Range own = share(images * vectors, worker, workers);
       for (int64_t i = own.begin; i < own.end; ++i) {
@@ -269,17 +367,26 @@ struct Pass {
           for (int64_t p = y * l.width; p < (y + 1) * l.width; ++p) line += load(x + p * l.row);
           sum += line;
         }
-        store(mean + i / vectors * l.row + i % vectors * lanes, sum / static_cast<T>(pixels));
+        body(i / vectors, i % vectors * lanes, sum / static_cast<T>(pixels));
       }
     });
-    by_panels(l.hidden, [&](Range panels) {
-      multiply(images, l.channels, l.hidden, mean, l.row, matrix(l, 0), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
-        store(hidden + image * hidden_row + column, relu(acc + load(inner + column)));
-      });
+  }
+
+  void pool(const Layer& l, int64_t images, const T* in, T* out) const {
+    means(l, images, in, [l, out, weight = vector(l, 0), bias = vector(l, 1)](int64_t image, int64_t channel, Vec<T> y) {
+      store(out + image * l.out_row + channel, y * load(weight + channel) + load(bias + channel));
     });
+  }
+
+  void squeeze_excite(const Layer& l, int64_t images, T* map) const {
+    const int64_t pixels = l.height * l.width, mean_row = left_row<Left>(l.row), hidden_row = left_row<Left>(l.hidden);
+    Buffer<Left> mean(images * mean_row), hidden(images * hidden_row);
+    Buffer<T> gate(images * l.row);
+    means(l, images, map, [&](int64_t image, int64_t channel, Vec<T> y) { store_left(mean + image * mean_row + channel, y); });
+    by_panels(l.hidden, [&](Range panels) { expand(l, {mean, mean_row}, images, hidden, panels); });
     by_panels(l.channels, [&](Range panels) {
-      multiply(images, l.hidden, l.channels, hidden, hidden_row, matrix(l, 1), panels, [&](int64_t image, int64_t column, Vec<T> acc) {
-        store(gate + image * l.row + column, T(1) / (T(1) + exp(-(acc + load(outer + column)))));
+      multiply(l, 1, images, l.hidden, l.channels, {hidden, hidden_row}, panels, [gate = gate.get(), row_size = l.row](int64_t image, int64_t column, Vec<T> y) {
+        store(gate + image * row_size + column, T(1) / (T(1) + exp(-y)));
       });
     });
     by_tiles(images * pixels, [&](int64_t first, int64_t count) {
@@ -349,6 +456,12 @@ struct Pass {
         case Kind::kSqueezeExcite:
           squeeze_excite(l, images, map);
           break;
+        case Kind::kPool:
+          pool(l, images, map, out);
+          map = out;
+          break;
+        case Kind::kImage:  // the chain has begun with it
+          break;
         case Kind::kAttention:
           attend(l, images, map, l.residual ? map : out);
           if (!l.residual) map = out;
@@ -370,11 +483,11 @@ inline int64_t largest_map(const Chain& a, int64_t begin) {
 
 // Passes over all images, one for the layers up to where maps have become so small that four times as many images fit in the cache, and so on: the weights
 // behind there are many, and each time they are read they should serve many pixels.
-template <class S>
-void run(const Chain& a) {
-  using T = Arith<S>;
+template <class Pass>
+void run_passes(const Chain& a) {
+  using T = typename Pass::T;
   if (a.batch == 0) return;
-  const Pass<S> pass{a};
+  const Pass pass{a};
   struct Part {
     int64_t begin, end, largest, images;
   };
@@ -399,8 +512,13 @@ void run(const Chain& a) {
     for (int64_t image = 0; image < a.batch; image += part.images) {
       const int64_t images = min_of(part.images, a.batch - image);
       T* map = part.begin == 0 ? first : in + image * input_size(a.layers[part.begin]);
-      if (part.begin == 0) pass.read_maps(image, images, map);
-      map = pass.layers(part.begin, part.end, images, map, first, second);
+      int64_t begin = part.begin;
+      if (begin == 0 && a.layers[0].kind == Kind::kImage) {
+        pass.image(a.layers[begin++], image, images, map);
+      } else if (begin == 0) {
+        pass.read_maps(image, images, map);
+      }
+      map = pass.layers(begin, part.end, images, map, first, second);
       if (part.end == a.count) {
         pass.write_maps(image, images, map);
       } else {
@@ -411,6 +529,16 @@ void run(const Chain& a) {
     if (part.end == a.count) return;
     std::swap(in, out);
   }
+}
+
+template <class S>
+void run(const Chain& a) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (a.pairs) return run_passes<Pass<S, BFloat16>>(a);
+  }
+#endif
+  run_passes<Pass<S>>(a);
 }
 
 }  // namespace

@@ -158,7 +158,28 @@ def _module(model: Any) -> None:
     block.ffn1.m.pw2 = type(block.ffn1.m.pw2)(96, 48).eval()
 
 
-@pytest.mark.parametrize("change", [_write, _load, _data, _statistics, _scale, _eps, _module], ids=lambda f: f.__name__.strip("_"))
+def _head_weight(model: Any) -> None:
+    with torch.no_grad():
+        model.head.linear.weight.mul_(1.5)
+
+
+def _head_statistics(model: Any) -> None:
+    model.head.bn.running_mean.add_(0.5)
+
+
+def _head_eps(model: Any) -> None:
+    model.head.bn.eps = 5.0
+
+
+def _head_module(model: Any) -> None:
+    torch.manual_seed(3)
+    model.head = nn.Linear(model.head.linear.in_features, 10, bias=False)
+
+
+_STALE = (_write, _load, _data, _statistics, _scale, _eps, _module, _head_weight, _head_statistics, _head_eps, _head_module)
+
+
+@pytest.mark.parametrize("change", _STALE, ids=lambda f: f.__name__.strip("_"))
 def test_never_stale(change: Callable[[Any], None], images: Tensor, runs: list[int]) -> None:
     original, accelerated, handle = pair(zoo.small_efficientvit(), images)
     before = infer(accelerated, images)
@@ -168,6 +189,62 @@ def test_never_stale(change: Callable[[Any], None], images: Tensor, runs: list[i
     assert not torch.allclose(infer(accelerated, images), before, rtol=1e-4)
     assert_infers_the_same(original, accelerated, images)
     assert not handle.fallbacks and len(runs) > 2
+
+
+def _hooked_head(model: Any) -> None:
+    model.head.linear.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _hooked_pool(model: Any) -> None:
+    model.global_pool.flatten.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _largest(model: Any) -> None:
+    model.global_pool.pool = nn.AdaptiveMaxPool2d(1)
+
+
+def _dropping_head(model: Any) -> None:
+    model.head.drop.p = 0.5
+    model.head.drop.train()
+
+
+def _norm_in_training(model: Any) -> None:
+    model.head.bn.train()
+
+
+def _longer_head(model: Any) -> None:
+    model.head.add_module("end", nn.ReLU())
+
+
+def _own_head(model: Any) -> None:
+    model.forward_head = lambda x: x.amax((2, 3))
+
+
+_HEADS = (_hooked_head, _hooked_pool, _largest, _dropping_head, _norm_in_training, _longer_head, _own_head)
+
+
+@pytest.mark.parametrize("change", _HEADS, ids=lambda f: f.__name__.strip("_"))
+def test_another_head_is_called(change: Callable[[Any], None], images: Tensor, runs: list[int]) -> None:
+    """Behind the chain, which ends before it then. With the head the chain is longer by two layers."""
+    original, accelerated, handle = pair(zoo.small_efficientvit(), images)
+    whole = infer(accelerated, images)
+    for model in (original, accelerated):
+        change(model)
+    outputs = []
+    for model in (accelerated, original):
+        torch.manual_seed(0)
+        outputs.append(infer(model, images))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    assert outputs[0].shape != whole.shape or not torch.allclose(outputs[0], whole, rtol=1e-2)
+    assert len(runs) == 2 and runs[0] == runs[1] + 9 and not handle.fallbacks
+
+
+def test_a_head_for_other_channels_fails_as_before(images: Tensor) -> None:
+    original, accelerated, _ = pair(zoo.small_efficientvit(), images)
+    for model in (original.bfloat16(), accelerated.bfloat16()):
+        model.head = nn.Linear(model.head.linear.in_features - 1, 10).bfloat16()  # as many pairs
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            infer(model, images.bfloat16())
 
 
 def _patched(model: Any) -> None:

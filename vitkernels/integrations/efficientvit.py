@@ -1,4 +1,4 @@
-"""Whole EfficientViTs (MSRA, arXiv 2305.07027) in inference: a stage, the patch embedding, the authors' whole model, each as one chain of layers.
+"""Whole EfficientViTs (MSRA, arXiv 2305.07027) in inference: a stage, the patch embedding, a whole model with its head, each as one chain of layers.
 
 timm's classes and the authors' keep their layers under the same names, so one description of what they are made of serves both. With gradients and
 in training, each layer runs by itself and the attention in them as :mod:`vitkernels.integrations.cascaded_group` has it.
@@ -7,6 +7,7 @@ in training, each layer runs by itself and the attention in them as :mod:`vitker
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from vitkernels.integrations._fused import Fused, Role, fell_back, original_clas
 from vitkernels.integrations._same import why_not_same
 from vitkernels.integrations.cascaded_group import CascadedAttention
 from vitkernels.nn import _chain, _checks
-from vitkernels.nn._chain import Other, Step, Walk, below, convolution, plain
+from vitkernels.nn._chain import Head, Other, Step, Walk, below, convolution, plain
 from vitkernels.ops.chain.reference import FeedForward, SqueezeExcite
 
 _SIGMOIDS = ("torch.nn.modules.activation.Sigmoid", "timm.layers.activations.Sigmoid")
@@ -87,6 +88,23 @@ def _authors_model(walk: Walk, name: str, module: Any) -> list[Step]:
     return [step for part in ("patch_embed", "blocks1", "blocks2", "blocks3") for step in walk.steps(part, module._modules[part])]
 
 
+def _head(name: str, module: Any) -> Head:
+    """A linear layer, or a norm and a linear layer, with Dropout anywhere."""
+    if type(module) is nn.Linear:
+        return _chain.head(name, None, module)
+    plain(name, module, nn.Sequential)
+    parts = []
+    for child, part in module._modules.items():
+        if type(part) is not nn.Dropout:
+            parts.append((child, part))
+        elif (part.training and part.p > 0) or _checks.hooked(part):
+            raise Other(f"{below(name, child)} has a hook, or drops values")
+    if len(parts) != 2:
+        raise Other(f"{name} is more than a norm and a linear layer")
+    (_, norm), (linear_name, linear) = parts
+    return _chain.head(below(name, linear_name), norm, linear)
+
+
 _MSRA = "timm.models.efficientvit_msra"
 
 TIMM = Walk(
@@ -138,6 +156,9 @@ class Chain(Fused):
     def _vk_steps(self) -> list[Step]:
         return self._vk_walk.steps("", self)
 
+    def _vk_head(self) -> Head | None:
+        return None
+
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
         for path, part in module.named_modules():
@@ -156,9 +177,9 @@ class Chain(Fused):
     def _vk_weight(cls, module: Any) -> Tensor:
         return next(module.parameters())
 
-    def _vk_run(self, x: Tensor) -> Tensor | None:
-        """The chain of ``x``, or ``None`` where this call is not for it."""
-        y = _chain.run(self, x)
+    def _vk_run(self, x: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """The chain of ``x``, and ``head`` of that if there is one, or ``None`` where this call is not for it."""
+        y = _chain.run(self, x, head)
         if isinstance(y, Tensor):
             return y
         if y:
@@ -172,7 +193,17 @@ class Chain(Fused):
 
 
 class Model(Chain):
-    """``EfficientVitMsra``: patch embedding and stages in one call. Where one of them has a hook, each is a chain by itself."""
+    """``EfficientVitMsra``: patch embedding, stages and head in one call. Where one of the first has a hook, each is a chain by itself."""
+
+    def _vk_head(self) -> Head | None:
+        pool = self.global_pool
+        if qualified(type(pool)) != "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d" or _checks.hooked(pool):
+            raise Other("global_pool has a hook, or is not timm's own")
+        plain("global_pool.pool", pool.pool, nn.AdaptiveAvgPool2d)
+        plain("global_pool.flatten", pool.flatten, nn.Flatten)
+        if pool.pool.output_size not in (1, (1, 1)) or (pool.flatten.start_dim, pool.flatten.end_dim) != (1, -1):
+            raise Other("global_pool is more than a mean")
+        return _head("head", self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The original's argument and result."""
@@ -180,8 +211,11 @@ class Model(Chain):
         return super().forward_features(x) if y is None else y
 
     def forward(self, x: Tensor) -> Tensor:
-        """The original's, which calls :meth:`forward_features`."""
-        return super(Chain, self).forward(x)
+        """The original's argument and result."""
+        if not self.__dict__.keys().isdisjoint(("forward_features", "forward_head")):
+            return super(Chain, self).forward(x)
+        y = self._vk_run(x, self.forward_head)
+        return self.forward_head(super().forward_features(x)) if y is None else y
 
 
 class AuthorsModel(Chain):
@@ -202,8 +236,11 @@ class AuthorsModel(Chain):
         if x.shape[2:] != _image_size(self):
             fell_back(self, "the image is not of the size that the model was made for")
             return super(Chain, self).forward(x)
-        y = self._vk_run(x)
-        return super(Chain, self).forward(x) if y is None else self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+        y = self._vk_run(x, lambda y: self.head(F.adaptive_avg_pool2d(y, 1).flatten(1)))
+        return super(Chain, self).forward(x) if y is None else y
+
+    def _vk_head(self) -> Head | None:
+        return _head("head", self.head)
 
 
 def _image_size(model: Any) -> tuple[int, int]:

@@ -19,10 +19,23 @@ from vitkernels.nn._conv_norm import Layer
 from vitkernels.nn._derived import Derived, gradient_wanted
 from vitkernels.ops import _define
 from vitkernels.ops.chain import op, reference
-from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, SqueezeExcite
+from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Pool, SqueezeExcite
 
 SILENT = ""
 """Why a call is not for the chain where this is as it should be: in training, with gradients, in a compiled graph. Nothing to report."""
+
+
+class Head(NamedTuple):
+    """The mean of a map, a norm and a linear layer."""
+
+    norm: nn.BatchNorm1d | None
+    linear: nn.Linear
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it computes with."""
+        norm, linear = self
+        of_norm = () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return [tensor for tensor in (linear.weight, linear.bias, *of_norm) if tensor is not None]
 
 
 class Step(NamedTuple):
@@ -33,6 +46,13 @@ class Step(NamedTuple):
     cascade: Cascade | None = None
     relu: bool = False
     residual: bool = False
+
+
+class Plan(NamedTuple):
+    """What a module is made of: of a model with a head that can go with the steps, that as well."""
+
+    steps: list[Step]
+    head: Head | None
 
 
 class Other(Exception):
@@ -124,6 +144,41 @@ def attention(module: Any) -> Step:
     return Step(Attention, tuple(found.layers()), cascade=found)
 
 
+def head(name: str, norm: Any, linear: Any) -> Head:
+    """A mean over the map, then a norm, if there is one, and a linear layer."""
+    plain(name, linear, nn.Linear)
+    reason = _conv_norm.why_not_own(name, linear, "weight", "bias")
+    if norm is not None:
+        plain(f"the norm before {name}", norm, nn.BatchNorm1d)
+        reason = reason or _conv_norm.why_not_own(f"the norm before {name}", norm, "weight", "bias", "running_mean", "running_var")
+        if norm.training or norm.weight is None or norm.running_mean is None or norm.running_var is None or not norm.track_running_stats:
+            raise Other(f"the norm before {name} is in training, or has no weight or no running statistics")
+    found = Head(norm, linear)
+    for tensor in found.tensors():
+        reason = reason or _checks.why_not_weight("a weight", tensor)
+    if reason is not None:
+        raise Other(reason)
+    return found
+
+
+def _why_not_head(found: Head, channels: int, x: Tensor) -> str | None:
+    """Why a head does not go with ``x``, or with a map of so many channels."""
+    norm, linear = found
+    of_norm = found.tensors()[1 if linear.bias is None else 2 :]
+    if linear.weight.shape[1:] != (channels,) or any(tensor.shape != (channels,) for tensor in of_norm):
+        return f"the head is not one for a map of {channels} channels"
+    return _checks.why_not_operands(x, linear.weight, linear.bias) or _conv_norm.why_not_norms([] if norm is None else [norm], x)
+
+
+def _folded_head(found: Head, dtype: torch.dtype) -> list[Any]:
+    """The norm goes with the mean, in float32: the linear layer's weight stays the number it is."""
+    weight = found.linear.weight.to(dtype)
+    out_channels, channels = weight.shape
+    bias = weight.new_zeros(out_channels) if found.linear.bias is None else found.linear.bias.to(dtype)
+    factor, shift = (weight.new_ones(channels), weight.new_zeros(channels)) if found.norm is None else _conv_norm.fold([found.norm], dtype)
+    return [Pool(factor, shift), Convolution(weight[..., None, None], bias)]
+
+
 def _folded(step: Step, dtype: torch.dtype) -> Any:
     """A step as a layer of the op, in ``dtype``."""
     if step.cascade is not None:
@@ -140,34 +195,44 @@ def _folded(step: Step, dtype: torch.dtype) -> Any:
     return kind(weight, bias, conv.stride[0], conv.padding[0], step.relu, step.residual)
 
 
-def _layers(steps: list[Step], x: Tensor) -> list[Any] | str:
+def _layers(plan: Plan, x: Tensor, headed: bool) -> list[Any] | str:
     """The steps as layers of the op, or why they do not go with ``x``."""
-    for step in steps:
+    for step in plan.steps:
         reason = _conv_norm.why_not_operands(step.layers, x) if step.cascade is None else _cascade.why_not_tensors(step.cascade, x)
         if reason is not None:
             return reason
-    return [_folded(step, _define.accumulation_dtype(x.dtype)) for step in steps]
+    dtype = _define.accumulation_dtype(x.dtype)
+    layers = [_folded(step, dtype) for step in plan.steps]
+    if headed and plan.head is not None:
+        if (reason := _why_not_head(plan.head, plan.steps[-1].layers[-1].conv.out_channels, x)) is not None:
+            return reason
+        layers += _folded_head(plan.head, dtype)
+    return layers
 
 
-def _packed(steps: list[Step], x: Tensor) -> op.Packed | str:
-    layers = _layers(steps, x)
+def _packed(plan: Plan, x: Tensor, headed: bool) -> op.Packed | str:
+    layers = _layers(plan, x, headed)
     return layers if isinstance(layers, str) else op.pack(layers, x.dtype)
 
 
-def _plan(module: Any) -> list[Step] | str:
+def _plan(module: Any) -> Plan | str:
     try:
         steps = module._vk_steps()
     except Other as reason:
         return str(reason)
     if any(one.norm is not None and one.norm.training for step in steps for one in step.layers):
         return SILENT
-    return steps
+    try:
+        return Plan(steps, module._vk_head())
+    except Other:  # it is called as it is
+        return Plan(steps, None)
 
 
-def run(module: Any, x: Tensor) -> Tensor | str:
+def run(module: Any, x: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor | str:
     """``module`` of ``x`` as one op, or why this call has to run its layers one by one (:data:`SILENT` where nobody needs to know).
 
-    ``module._vk_steps()`` says what it is made of, or raises :class:`Other`.
+    ``module._vk_steps()`` says what it is made of, and ``module._vk_head()`` what its head is, or they raise :class:`Other`. With ``head`` the
+    result is what that makes of the map; it is called unless it is part of the op.
     """
     if torch.compiler.is_compiling():
         return SILENT
@@ -179,13 +244,14 @@ def run(module: Any, x: Tensor) -> Tensor | str:
     if torch.is_autocast_enabled(x.device.type):
         return "autocast chooses the dtype of each layer by itself"
     entry = _chains.entry(module)
-    steps = entry.plan
-    if isinstance(steps, str):
-        return steps
+    plan = entry.plan
+    if isinstance(plan, str):
+        return plan
     if gradient_wanted((x,), entry.snapshot.tensors):
         entry.forget()
         return SILENT
-    packed = entry.value((x.dtype, x.device), lambda: _packed(steps, x))
+    headed = head is not None and plan.head is not None
+    packed = entry.value((x.dtype, x.device, headed), lambda: _packed(plan, x, headed))
     if isinstance(packed, str):
         return packed
     if x.dim() != 4 or x.shape[1] != packed.channels:
@@ -193,9 +259,13 @@ def run(module: Any, x: Tensor) -> Tensor | str:
     if (reason := op.why_not_map(packed.program, *x.shape[1:])) is not None:
         return reason
     if backends.requested() == "reference":
-        layers: Any = _layers(steps, x)
-        return reference.layer_chain(x.to(packed.vectors.dtype), layers).to(x.dtype)
-    return op.run(x, packed)
+        layers: Any = _layers(plan, x, headed)
+        y = reference.layer_chain(x.to(packed.vectors.dtype), layers).to(x.dtype)
+    else:
+        y = op.run(x, packed)
+    if headed:
+        return y.view(y.shape[:2])
+    return y if head is None else head(y)
 
 
 def why_no_kernel(x: Tensor) -> str | None:
@@ -207,4 +277,5 @@ def why_no_kernel(x: Tensor) -> str | None:
     return backends.why_not("layer_chain", "native", x.device, x.dtype)
 
 
-_chains: Derived[list[Step] | str, op.Packed | str] = Derived(_plan, settings=lambda module: None, below=("key_dim", "scale", "drop", "add_maxpool"))
+_READ = ("key_dim", "scale", "drop", "add_maxpool", "p", "output_size", "start_dim", "end_dim")
+_chains: Derived[Plan | str, op.Packed | str] = Derived(_plan, settings=lambda module: None, below=_READ)

@@ -81,7 +81,7 @@ class ConvNorm(nn.Sequential):
 def find(name: str, module: Any) -> Layer | str:
     """The layer that ``module`` is, or why its call cannot be skipped; ``name`` is what to call it."""
     if not isinstance(module, nn.Sequential):
-        reason = _checks.why_not_bypassed(name, module, nn.Conv2d) or _why_not_own(name, module, "weight", "bias")
+        reason = _checks.why_not_bypassed(name, module, nn.Conv2d) or why_not_own(name, module, "weight", "bias")
         return Layer(module, None) if reason is None else reason
     children: list[tuple[str, Any]] = list(module._modules.items())
     if len(children) != 2:
@@ -94,8 +94,8 @@ def find(name: str, module: Any) -> Layer | str:
         (_checks.why_not_bypassed(name, module, plain) if name else None)
         or _checks.why_not_bypassed(prefix + conv_name, conv, nn.Conv2d)
         or _checks.why_not_bypassed(prefix + norm_name, norm, nn.BatchNorm2d)
-        or _why_not_own(prefix + conv_name, conv, "weight")
-        or _why_not_own(prefix + norm_name, norm, "weight", "bias", "running_mean", "running_var")
+        or why_not_own(prefix + conv_name, conv, "weight")
+        or why_not_own(prefix + norm_name, norm, "weight", "bias", "running_mean", "running_var")
     )
     if reason is not None:
         return reason
@@ -117,7 +117,7 @@ def why_not_square(name: str, conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
+def why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
     """Where a layer keeps a tensor as a plain attribute (a replica of nn.DataParallel, some pruning), nothing watches it."""
     for tensor in tensors:
         if tensor not in module._parameters and tensor not in module._buffers:
@@ -125,7 +125,7 @@ def _why_not_own(name: str, module: nn.Module, *tensors: str) -> str | None:
     return None
 
 
-def fold(norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold(norms: Sequence[nn.BatchNorm1d | nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Frozen norms as ``factor * y + shift``, all their channels one after another, computed in ``dtype``. All share one eps."""
     weight, bias, mean, var = (
         torch.cat([getattr(norm, name) for norm in norms]).to(dtype) for name in ("weight", "bias", "running_mean", "running_var")
@@ -161,8 +161,13 @@ def why_not_operands(layers: Sequence[Layer], x: Tensor, *others: Tensor) -> str
     plain = [layer.conv.weight for layer in layers] + [layer.conv.bias for layer in layers]
     if (reason := _checks.why_not_operands(x, *others, *plain)) is not None:
         return reason
+    return why_not_norms([layer.norm for layer in layers if layer.norm is not None], x)
+
+
+def why_not_norms(norms: Sequence[nn.BatchNorm1d | nn.BatchNorm2d], x: Tensor) -> str | None:
+    """Parameters of norms that are no plain tensors, or of dtypes and devices that do not go with ``x``."""
     dtypes = (compute_dtype(x), _define.accumulation_dtype(x.dtype))
-    for norm in (layer.norm for layer in layers if layer.norm is not None):
+    for norm in norms:
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             assert tensor is not None
             if (reason := _checks.why_not_weight("a norm's parameter", tensor)) is not None:

@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm1d: ("training", "eps", "track_running_stats"),
     nn.BatchNorm2d: ("training", "eps", "track_running_stats"),
     nn.LayerNorm: ("eps",),
     nn.GELU: ("approximate",),

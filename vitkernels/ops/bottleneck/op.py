@@ -94,22 +94,17 @@ def pack(
         rows = layer.weight.shape[0]
         return padded(layer.weight.new_zeros(rows) if layer.bias is None else layer.bias).contiguous()
 
-    def panels(layer: Affine | None) -> tuple[Tensor | None, Tensor | None]:
+    def affine_of(layer: Affine | None) -> tuple[Tensor | None, Tensor | None]:
         if layer is None:
             return None, None
-        weight = padded(layer.weight)  # [panels * 32, depth]
-        depth = weight.shape[1]
-        if pairs:
-            weight = weight.bfloat16().view(-1, PANEL, depth // 2, 2).transpose(1, 2)  # [panels, depth / 2, 32, 2]
-            return weight.reshape(-1, depth, PANEL), bias_of(layer)
-        return weight.view(-1, PANEL, depth).transpose(1, 2).contiguous(), bias_of(layer)
+        return panels(layer.weight.to(torch.bfloat16 if pairs else dtype), pairs), bias_of(layer)
 
     taps: tuple[Tensor | None, Tensor | None] = (None, None)
     if depthwise is not None:
         taps = padded(depthwise.weight.flatten(1).T, 1).contiguous(), bias_of(depthwise)  # [k * k, channels]
     affine = (None, None) if norm is None else tuple(None if t is None else t.to(dtype).contiguous() for t in (norm.weight, norm.bias))
     return Packed(
-        (*affine, *panels(expand), *taps, *panels(project)),
+        (*affine, *affine_of(expand), *taps, *affine_of(project)),
         (
             project.weight.shape[0],
             _NORMS.index("none" if norm is None else norm.over),
@@ -121,6 +116,18 @@ def pack(
             _CODES.index(out_activation),
         ),
     )
+
+
+def panels(weight: Tensor, pairs: bool = False) -> Tensor:
+    """A weight [out, depth] as [panels, depth, 32], the output channels filled up with zeros.
+
+    In ``pairs`` a panel's elements lie as [depth / 2, 32, 2]; an odd depth is filled up.
+    """
+    weight = F.pad(weight, (0, weight.shape[1] % 2 if pairs else 0, 0, -weight.shape[0] % PANEL))
+    depth = weight.shape[1]
+    if pairs:
+        return weight.reshape(-1, PANEL, depth // 2, 2).transpose(1, 2).reshape(-1, depth, PANEL)
+    return weight.reshape(-1, PANEL, depth).transpose(1, 2).contiguous()
 
 
 def bfloat16_products() -> bool:

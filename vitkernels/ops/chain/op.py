@@ -16,16 +16,16 @@ from torch import Tensor
 
 from vitkernels import backends
 from vitkernels.ops import _define
-from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Layer, SqueezeExcite
+from vitkernels.ops.bottleneck.op import bfloat16_products, panels
+from vitkernels.ops.chain.reference import Attention, Convolution, Depthwise, FeedForward, Layer, Pool, SqueezeExcite
 
 backends.declare("layer_chain", backends.Support(triton=()))
 
-KINDS: tuple[type[Layer], ...] = (Convolution, Depthwise, FeedForward, SqueezeExcite, Attention)
+KINDS: tuple[type[Layer], ...] = (Convolution, Depthwise, FeedForward, SqueezeExcite, Attention, Pool)
 """A kind's number in a program is its place here."""
 
-# csrc/chain/kernels.h
 _ALIGN = 16
-_PANEL = 32
+"""``kAlign`` of csrc/chain/kernels.h."""
 
 
 class Packed(NamedTuple):
@@ -36,10 +36,13 @@ class Packed(NamedTuple):
     - of a convolution: output channels, kernel, stride, padding, whether a ReLU follows;
     - of a depthwise one: the same without the output channels;
     - of a feed-forward layer or a squeeze-and-excitation: the channels inside;
-    - of an attention: heads, key_dim, value channels of a head, window, and each head's kernel.
+    - of an attention: heads, key_dim, value channels of a head, window, and each head's kernel;
+    - of a mean: nothing.
+
+    The weight of a first convolution of fewer than 16 channels, without a residual, is among the vectors.
     """
 
-    matrices: Tensor  # in the dtype of x: of each layer the matrices [depth, columns], in panels of columns
+    matrices: Tensor  # each layer's, in panels of their columns and in the dtype of x; bfloat16 where the CPU multiplies in it as pairs, int32
     vectors: Tensor  # in the accumulation dtype: all else, each piece padded
     channels: int  # of x
     program: tuple[int, ...]
@@ -47,33 +50,37 @@ class Packed(NamedTuple):
 
 def pack(layers: Sequence[Layer], dtype: torch.dtype) -> Packed:
     """Layers, with weights of any dtype, for an input of ``dtype``."""
+    pairs = dtype is torch.bfloat16 and bfloat16_products()
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     program: list[int] = []
     channels = _channels(layers[0])
-    for layer in layers:
+    for place, layer in enumerate(layers):
         program += [KINDS.index(type(layer)), layer.residual]
         match layer:
             case Convolution():
                 out_channels, _, kernel, _ = layer.weight.shape
                 program += [out_channels, kernel, layer.stride, layer.padding, layer.relu]
-                matrices.append(_panels(layer.weight.permute(2, 3, 1, 0).flatten(0, 2)))  # [(dy, dx, channel), out]
+                if place == 0 and channels < _ALIGN and not layer.residual:
+                    vectors.append(layer.weight)
+                else:
+                    matrices.append(layer.weight.permute(0, 2, 3, 1).flatten(1))  # [out, (dy, dx, channel)]
                 vectors.append(layer.bias)
             case Depthwise():
                 program += [layer.weight.shape[-1], layer.stride, layer.padding, layer.relu]
                 vectors += [_padded(layer.weight.flatten(1).T), layer.bias]  # [(dy, dx), channel]
             case FeedForward() | SqueezeExcite():
                 program.append(layer.weight_1.shape[0])
-                matrices += [_panels(layer.weight_1.T), _panels(layer.weight_2.T)]
+                matrices += [layer.weight_1, layer.weight_2]
                 vectors += [layer.bias_1, layer.bias_2]
             case Attention():
                 program += _attention(layer, vectors)
+            case Pool():
+                vectors += [layer.weight, layer.bias]
     flat = [_padded(vector.flatten()) for vector in vectors]
     accumulation = _define.accumulation_dtype(dtype)
-    empty = flat[0].new_empty(0)
-    return Packed(
-        torch.cat([empty, *matrices]).to(dtype).contiguous(), torch.cat(flat).to(accumulation).contiguous(), channels, tuple(map(int, program))
-    )
+    packed = torch.cat([flat[0].new_empty(0, dtype=dtype), *(panels(matrix.to(dtype), pairs).flatten() for matrix in matrices)])
+    return Packed(packed.view(torch.int32) if pairs else packed, torch.cat(flat).to(accumulation).contiguous(), channels, tuple(map(int, program)))
 
 
 def _channels(layer: Layer) -> int:
@@ -81,7 +88,7 @@ def _channels(layer: Layer) -> int:
         case Convolution() | FeedForward() | SqueezeExcite():
             weight = layer.weight if isinstance(layer, Convolution) else layer.weight_1
             return weight.shape[1]
-        case Depthwise():
+        case Depthwise() | Pool():
             return layer.weight.shape[0]
         case Attention():
             return layer.packed.proj_weight.shape[0]
@@ -89,11 +96,6 @@ def _channels(layer: Layer) -> int:
 
 def _padded(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % _ALIGN))
-
-
-def _panels(matrix: Tensor) -> Tensor:
-    """[depth, columns] in panels of columns, each [depth, _PANEL], one after the other; the last one as wide as it must be."""
-    return torch.cat([panel.flatten() for panel in _padded(matrix).split(_PANEL, dim=1)])
 
 
 def _attention(layer: Attention, vectors: list[Tensor]) -> list[int]:
@@ -154,6 +156,8 @@ def _shapes(program: Sequence[int], channels: int, height: Any, width: Any) -> I
             heads, _, _, least = (next(numbers) for _ in range(4))
             for _ in range(heads):
                 next(numbers)
+        elif KINDS[kind] is Pool:
+            height = width = 1
         else:
             next(numbers)
         yield shape, least

@@ -64,7 +64,15 @@ class Attention(NamedTuple):
     residual: bool = False
 
 
-Layer = Convolution | Depthwise | FeedForward | SqueezeExcite | Attention
+class Pool(NamedTuple):
+    """The mean of each channel, ``mean(x) * weight + bias``: [B, C, H, W] to [B, C, 1, 1]."""
+
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    residual: bool = False
+
+
+Layer = Convolution | Depthwise | FeedForward | SqueezeExcite | Attention | Pool
 
 
 def layer_chain(x: Tensor, layers: Iterable[Layer]) -> Tensor:
@@ -87,6 +95,8 @@ def _layer(x: Tensor, layer: Layer) -> Tensor:
             return x * torch.sigmoid(_twice(x.mean((2, 3), keepdim=True), layer))
         case Attention():
             return cascaded_group.cascaded_group_attention(x, **unpack(layer.packed), scale=layer.scale, window=layer.window)
+        case Pool():
+            return torch.addcmul(layer.bias[:, None, None], x.mean((2, 3), keepdim=True), layer.weight[:, None, None])
 
 
 def _twice(x: Tensor, layer: FeedForward | SqueezeExcite) -> Tensor:
