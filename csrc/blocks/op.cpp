@@ -152,7 +152,7 @@ struct Sequences {
   }
 };
 
-void attend(const Block& b, const Tensor& x, const Sequences& sequences, const char* qkv, int64_t bytes, char* out, double* lse) {
+void attend(const Block& b, const Tensor& x, const Sequences& sequences, const char* qkv, int64_t bytes, char* out) {
   const int64_t channels = b.channels();
   const auto part = [&](int64_t i) { return qkv + i * channels * bytes; };
   packed::Forward a{};
@@ -166,11 +166,11 @@ void attend(const Block& b, const Tensor& x, const Sequences& sequences, const c
   a.scale = b.scales.logits;
   const packed::Schedule schedule = packed::make_schedule(a.cu_q, a.cu_k, nullptr, a.sequences, a.kv_heads, num_threads(), true);
   a.schedule = &schedule;
-  a.out = sequences.rows(out, channels, b.dim, x), a.lse = lse;
+  a.out = sequences.rows(out, channels, b.dim, x);
   packed::kernels().forward(a);
 }
 
-void attend_mixed(const Block& b, const Tensor& x, const char* qkv, int64_t bytes, char* out, double* lse) {
+void attend_mixed(const Block& b, const Tensor& x, const char* qkv, int64_t bytes, char* out) {
   const int64_t channels = b.channels(), tokens = x.size(2) * x.size(3);
   const auto map = [&](int64_t i) { return Map{const_cast<char*>(qkv) + i * channels * bytes, tokens * 3 * channels, b.dim, 3 * channels, 1}; };
   const std::vector<double> zeros(static_cast<size_t>(b.heads));
@@ -181,7 +181,7 @@ void attend_mixed(const Block& b, const Tensor& x, const char* qkv, int64_t byte
   a.norm = head_mixing::Norm::kLayer;
   a.mix = b.mix, a.mix_bias = zeros.data(), a.weight = b.mix_weight, a.constant = b.mix_bias;
   a.eps = b.scales.mix_eps, a.scale = b.scales.logits;
-  a.out = out, a.lse = lse;
+  a.out = out;
   head_mixing::kernels().forward(a);
 }
 
@@ -200,25 +200,24 @@ Tensor transformer_blocks(
   STD_TORCH_CHECK(!reader.blocks().empty(), "vitkernels::transformer_blocks: the program is empty");
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), pixels = x.size(0) * height * width, bytes = bytes_of(x);
   Tensor y = empty_strided({x.size(0), channels, height, width}, {height * width * channels, 1, width * channels, channels}, x.scalar_type());
-  int64_t most = 0, most_heads = 0;
+  int64_t most = 0;
   for (const Block& b : reader.blocks()) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),
                     "vitkernels::transformer_blocks: bfloat16 matrices are for bfloat16 alone");
     STD_TORCH_CHECK(!b.mixed || patch_height == 0, "vitkernels::transformer_blocks: maps are mixed of whole images, not of patches");
-    most = std::max(most, b.channels()), most_heads = std::max(most_heads, b.heads);
+    most = std::max(most, b.channels());
   }
   if (pixels == 0) return y;
   const Buffer<char> qkv(pixels * 3 * most * bytes), attended(pixels * most * bytes);
-  const Buffer<double> lse(pixels * most_heads);
   const void* from = x.data_ptr();
   for (const Block& b : reader.blocks()) {
     bottleneck::Bottleneck in = b.in, out = b.out, mlp = b.mlp;
     in.x = from, in.y = qkv;
     bottleneck::kernels().forward(in);
     if (b.mixed) {
-      attend_mixed(b, x, qkv, bytes, attended, lse);
+      attend_mixed(b, x, qkv, bytes, attended);
     } else {
-      attend(b, x, sequences, qkv, bytes, attended, lse);
+      attend(b, x, sequences, qkv, bytes, attended);
     }
     out.x = attended, out.residual = from, out.y = y.data_ptr();
     bottleneck::kernels().forward(out);
