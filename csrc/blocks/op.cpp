@@ -1,4 +1,5 @@
-// Transformer blocks, one after the other: each is four calls of kernels that other ops have, and all blocks share the memory between these.
+// Transformer blocks, one after the other, from kernels that other ops have. Attention apart every token goes its own way: threads meet before and after it only,
+// and what lies between, up to the next block's queries, keys and values, each does for its own tokens.
 #include "blocks/op.h"
 
 #include <algorithm>
@@ -85,7 +86,7 @@ class Reader {
 
   bottleneck::Bottleneck layer(int64_t in, int64_t out, double eps, bool norm) {
     bottleneck::Bottleneck a{};
-    a.dtype = dtype_of(x_), a.batch = x_.size(0), a.height = a.out_height = x_.size(2), a.width = a.out_width = x_.size(3);
+    a.dtype = dtype_of(x_), a.batch = a.height = a.out_height = 1;
     a.in = a.hidden = in, a.out = out, a.eps = eps;
     if (norm) a.norm = bottleneck::Norm::kToken, a.norm_weight = vectors_.next(padded(in)), a.norm_bias = vectors_.next(padded(in));
     return a;
@@ -152,6 +153,29 @@ struct Sequences {
   }
 };
 
+// body(first, count) for every thread's share of the tokens, three or more, if there are as many: then a token's result does not depend on the number of threads.
+template <class Body>
+void for_shares(int64_t tokens, const Body& body) {
+  struct Context {
+    int64_t tokens, workers;
+    const Body& body;
+  } context{tokens, std::min(num_threads(), std::max<int64_t>(tokens / 3, 1)), body};
+  const auto run = [](void* data, int64_t i) {
+    const Context& c = *static_cast<const Context*>(data);
+    const int64_t first = c.tokens * i / c.workers;
+    c.body(first, c.tokens * (i + 1) / c.workers - first);
+  };
+  parallel_for(context.workers, run, &context);
+}
+
+// One layer of tokens [first, first + count); x, y and residual are those of all tokens.
+void run_layer(bottleneck::Bottleneck a, int64_t first, int64_t count, int64_t bytes, const char* x, char* y, const char* residual = nullptr) {
+  a.width = a.out_width = count;
+  a.x = x + first * a.in * bytes, a.y = y + first * a.out * bytes;
+  a.residual = residual ? residual + first * a.out * bytes : nullptr;
+  bottleneck::kernels().forward(a);
+}
+
 void attend(const Block& b, const Tensor& x, const Sequences& sequences, const char* qkv, int64_t bytes, char* out) {
   const int64_t channels = b.channels();
   const auto part = [&](int64_t i) { return qkv + i * channels * bytes; };
@@ -209,22 +233,23 @@ Tensor transformer_blocks(
   }
   if (pixels == 0) return y;
   const Buffer<char> qkv(pixels * 3 * most * bytes), attended(pixels * most * bytes);
-  const void* from = x.data_ptr();
-  for (const Block& b : reader.blocks()) {
-    bottleneck::Bottleneck in = b.in, out = b.out, mlp = b.mlp;
-    in.x = from, in.y = qkv;
-    bottleneck::kernels().forward(in);
+  const char* from = static_cast<const char*>(x.data_ptr());
+  char* const to = static_cast<char*>(y.data_ptr());
+  const std::vector<Block>& blocks = reader.blocks();
+  for_shares(pixels, [&](int64_t first, int64_t count) { run_layer(blocks[0].in, first, count, bytes, from, qkv); });
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const Block& b = blocks[i];
     if (b.mixed) {
       attend_mixed(b, x, qkv, bytes, attended);
     } else {
       attend(b, x, sequences, qkv, bytes, attended);
     }
-    out.x = attended, out.residual = from, out.y = y.data_ptr();
-    bottleneck::kernels().forward(out);
-    // In place: a token is read before it is written, and by no other.
-    mlp.x = mlp.residual = mlp.y = y.data_ptr();
-    bottleneck::kernels().forward(mlp);
-    from = y.data_ptr();
+    for_shares(pixels, [&](int64_t first, int64_t count) {
+      run_layer(b.out, first, count, bytes, attended, to, from);
+      run_layer(b.mlp, first, count, bytes, to, to, to);  // in place: a token is read before it is written, and by no other
+      if (i + 1 < blocks.size()) run_layer(blocks[i + 1].in, first, count, bytes, to, qkv);
+    });
+    from = to;
   }
   return y;
 }
