@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "blocks/op.h"
 #include "bottleneck/op.h"
 #include "cascaded_group/op.h"
 #include "chain/op.h"
@@ -60,6 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("separable_layer", TORCH_BOX(&vitkernels::separable_layer));
   m.impl("separable_self_attention", TORCH_BOX(&vitkernels::separable_self_attention));
   m.impl("separable_self_attention_backward", TORCH_BOX(&vitkernels::separable_self_attention_backward));
+  m.impl("transformer_blocks", TORCH_BOX(&vitkernels::transformer_blocks));
   m.impl("varlen_attention", TORCH_BOX(&vitkernels::varlen_attention));
   m.impl("varlen_attention_backward", TORCH_BOX(&vitkernels::varlen_attention_backward));
 }

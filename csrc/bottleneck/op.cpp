@@ -4,16 +4,12 @@
 #include "bottleneck/kernels.h"
 
 namespace vitkernels {
-namespace {
+namespace bottleneck {
 
-const bottleneck::Kernels& kernels() {
-  static const bottleneck::Kernels& table = []() -> const bottleneck::Kernels& { VITKERNELS_SELECT_KERNELS(bottleneck_kernels) }();
+const Kernels& kernels() {
+  static const Kernels& table = []() -> const Kernels& { VITKERNELS_SELECT_KERNELS(bottleneck_kernels) }();
   return table;
 }
-
-}  // namespace
-
-namespace bottleneck {
 
 bool channels_last(const Tensor& t) {
   const int64_t dense[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
@@ -106,7 +102,7 @@ Tensor inverted_bottleneck(
   Tensor y = empty_strided(
       {a.batch, a.out, a.out_height, a.out_width}, {a.out_height * a.out_width * a.out, 1, a.out_width * a.out, a.out}, x.scalar_type());
   a.y = y.data_ptr();
-  kernels().forward(a);
+  bottleneck::kernels().forward(a);
   return y;
 }
 

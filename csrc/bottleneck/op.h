@@ -2,11 +2,15 @@
 
 #include <optional>
 
+#include "bottleneck/kernels.h"
 #include "common/stable.h"
 
 namespace vitkernels {
 
 namespace bottleneck {
+
+// The table of this CPU.
+const Kernels& kernels();
 
 // Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
 bool channels_last(const Tensor& t);

@@ -96,7 +96,7 @@ class Tile {
       products_.product(rows, n_.dim, queries_, keys + h * products_.panels_size(n_.dim), [&](int64_t i, int64_t c, Vec<T> acc) {
         store(at + i * n_.map_row + c * kLanes<T>, acc * scale);
       });
-      softmax_rows<T>(n_, rows, at, inverse_ + h * n_.rows, lse + (sample * n_.heads + h) * n_.tokens + first);
+      softmax_rows<T>(n_, rows, at, inverse_ + h * n_.rows, lse ? lse + (sample * n_.heads + h) * n_.tokens + first : nullptr);
       if (a_.dropout) drop_rows<T>(a_, sample, h, first, rows, at, n_.map_row, 0, n_.tokens);
     }
   }
@@ -263,11 +263,16 @@ void for_tiles(const Attention& a, const Sizes<T>& n, bool need_values, const Bo
 
 template <class T>
 void column_sums(const Storage<T>& io, const Sizes<T>& n, const HeadRows& v, T* sums) {
-  Buffer<T> row(n.value_row);
+  Buffer<T> rows(kRowsTogether * n.value_row);
   std::memset(sums, 0, static_cast<size_t>(n.value_row) * sizeof(T));
-  for (int64_t j = 0; j < n.tokens; ++j) {
-    io.load_rows(v.after(j), 1, n.value_dim, row, n.value_row);
-    for (int64_t c = 0; c < n.value_row; ++c) sums[c] += row[c];
+  for (int64_t j = 0; j < n.tokens; j += kRowsTogether) {
+    const int64_t count = min_of(kRowsTogether, n.tokens - j);
+    io.load_rows(v.after(j), count, n.value_dim, rows, n.value_row);
+    for (int64_t c = 0; c < n.value_row; c += kLanes<T>) {
+      Vec<T> sum = load(sums + c);
+      for (int64_t i = 0; i < count; ++i) sum += load(rows + i * n.value_row + c);
+      store(sums + c, sum);
+    }
   }
 }
 

@@ -38,7 +38,7 @@ struct Attention {
 
 struct Forward : Attention {
   void* out;  // [B, H, N, D_v], in memory [B, N, H, D_v]
-  double* lse;  // contiguous [B, H, N]
+  double* lse;  // contiguous [B, H, N], or null
 };
 
 // Of the maps minus `centre`, over batch, queries and keys: sums [heads] and products [heads][heads]; lse as in Forward.

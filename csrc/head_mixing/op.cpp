@@ -9,12 +9,15 @@
 #include "head_mixing/kernels.h"
 
 namespace vitkernels {
-namespace {
 
-const head_mixing::Kernels& kernels() {
-  static const head_mixing::Kernels& table = []() -> const head_mixing::Kernels& { VITKERNELS_SELECT_KERNELS(head_mixing_kernels) }();
+const head_mixing::Kernels& head_mixing::kernels() {
+  static const Kernels& table = []() -> const Kernels& { VITKERNELS_SELECT_KERNELS(head_mixing_kernels) }();
   return table;
 }
+
+namespace {
+
+using head_mixing::kernels;
 
 // A small float64 vector (converted in Python), or `otherwise` in every place.
 std::vector<double> values_of(const std::optional<Tensor>& tensor, int64_t count, double otherwise) {

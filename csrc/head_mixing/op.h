@@ -6,9 +6,18 @@
 #include <optional>
 #include <tuple>
 
+#include "head_mixing/kernels.h"
+
 namespace vitkernels {
 
 using torch::stable::Tensor;
+
+namespace head_mixing {
+
+// The table of this CPU.
+const Kernels& kernels();
+
+}  // namespace head_mixing
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> re_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mix_weight, const std::optional<Tensor>& mix_bias, int64_t norm,

@@ -141,7 +141,8 @@ inline void drop_rows(
   }
 }
 
-// Logits [rows][map_row] of one head to exp(logit - largest), zero beyond the last key; inverse[i] is 1 / their sum, lse[i] the logsumexp.
+// Logits [rows][map_row] of one head to exp(logit - largest), zero beyond the last key; inverse[i] is 1 / their sum, lse[i] the logsumexp, where
+// that is wanted.
 template <class T>
 inline void softmax_rows(const Sizes<T>& n, int64_t rows, T* maps, T* inverse, double* lse) {
   constexpr int64_t lanes = kLanes<T>;
@@ -176,7 +177,7 @@ inline void softmax_rows(const Sizes<T>& n, int64_t rows, T* maps, T* inverse, d
     for (c = round_up(n.tokens, lanes); c < n.map_row; c += lanes) store(at + c, Vec<T>{});
     const T sum = reduce_add<T>(sums[0] + sums[1]);
     inverse[i] = T(1) / sum;
-    lse[i] = static_cast<double>(largest) + std::log(static_cast<double>(sum));
+    if (lse) lse[i] = static_cast<double>(largest) + std::log(static_cast<double>(sum));
   }
 }
 

@@ -246,7 +246,7 @@ class ForwardUnit {
     for (int64_t i = 0; i < rows; ++i) {
       const T sum = running.sum[i], factor = sum == 0 ? T(0) : T(1) / sum;  // NaN stays NaN
       for (int64_t c = 0; c < value_row_; c += kLanes<T>) store(out + i * value_row_ + c, s.keys ? load(out + i * value_row_ + c) * factor : Vec<T>{});
-      static_cast<double*>(a_.lse)[lse_at(a_, s, head, first + i)] = static_cast<double>(running.largest[i]) + std::log(static_cast<double>(sum));
+      if (a_.lse) static_cast<double*>(a_.lse)[lse_at(a_, s, head, first + i)] = static_cast<double>(running.largest[i]) + std::log(static_cast<double>(sum));
     }
     io_.store_rows(query_rows(a_, io_, a_.out, s, head, first), rows, a_.value_dim, out, value_row_);
   }
@@ -263,7 +263,7 @@ void finish_padding(const Forward& a) {
   const int64_t first = a.cu_q[a.sequences];
   clear_rows(a, a.out, first, a.total_q, a.heads, a.value_dim);
   for (int64_t h = 0; h < a.heads; ++h) {
-    for (int64_t i = first; i < a.total_q; ++i) static_cast<double*>(a.lse)[h * a.total_q + i] = -kInfinity<double>;
+    for (int64_t i = first; a.lse && i < a.total_q; ++i) static_cast<double*>(a.lse)[h * a.total_q + i] = -kInfinity<double>;
   }
 }
 

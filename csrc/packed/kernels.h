@@ -48,7 +48,7 @@ struct Attention {
 
 struct Forward : Attention {
   Rows out;
-  void* lse;  // double [heads, total_q]; not packed: [sequences, heads, queries]
+  void* lse;  // double [heads, total_q]; not packed: [sequences, heads, queries]; or null
 };
 
 // Pointers of gradients that are not wanted are null.

@@ -12,5 +12,6 @@ def attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models whose convolutions, MLPs and transformer blocks are left alone, for tests of what is done to their attention."""
     for name in (*folded.TABLE, *blocks.TABLE):
         monkeypatch.delitem(_accelerate._TABLE, name)
+    monkeypatch.setattr(blocks, "match", lambda module: None)
     for name in mobilevit.TABLE:
         monkeypatch.setitem(_accelerate._TABLE, name, {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE}[name])

@@ -1,4 +1,4 @@
-"""Transformer blocks in evaluation as a few native calls, and the original as soon as anything else is wanted."""
+"""Transformer blocks in evaluation as one native call, and the original as soon as anything else is wanted."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def calls_of(model: nn.Module, x: Tensor) -> list[str]:
 def test_blocks(kind: str) -> None:
     """Batches of any size, tokens in any arrangement; what comes out is contiguous."""
     original, accelerated, handle = pair(BLOCKS[kind])
-    assert handle.replaced[0].path == "" and handle.replaced[0].op == "inverted_bottleneck" and not handle.skipped
+    assert handle.replaced[0].path == "" and handle.replaced[0].op == "transformer_blocks" and not handle.skipped
     inputs = [torch.randn(*shape, DIM) for shape in ((1, 1), (3, 17), (2, 70))]
     inputs += [torch.randn(2, DIM, 9).mT, torch.randn(2, 9, 2 * DIM)[..., ::2], torch.randn(9, DIM).expand(3, 9, DIM)]
     if kind not in TRANSFORMERS:  # whose views of no image fail
@@ -97,11 +97,11 @@ def test_blocks(kind: str) -> None:
             infer(model, torch.randn(2, 5, DIM + 1))
 
 
-def test_four_calls_and_no_copy() -> None:
+def test_one_call_and_no_copy() -> None:
     _, accelerated, _ = pair(BLOCKS["timm"])
     x = torch.randn(2, 17, DIM)
     infer(accelerated, x)
-    assert calls_of(accelerated, x) == ["attention", *["inverted_bottleneck"] * 3]
+    assert calls_of(accelerated, x) == ["transformer_blocks"]
 
 
 @pytest.mark.parametrize("kind", ["timm", "timm, all options", "deepvit", "Dinov2"])
@@ -140,6 +140,25 @@ def test_blocks_follow_their_weights(kind: str) -> None:
     assert not handle.fallbacks
     handle.remove()
     assert type(accelerated) is type(original) and torch.equal(infer(accelerated, x), infer(original, x))
+
+
+def test_a_sequence_of_blocks_is_one_call() -> None:
+    """Until somebody's hook waits inside: then each block is by itself, and what the hook is on its original."""
+    original, accelerated, handle = pair(lambda: nn.Sequential(*(timm_block(qkv_bias=True) for _ in range(3))))
+    x, seen = torch.randn(2, 9, DIM), []
+    assert_right(accelerated, original, x)
+    assert [record.path for record in handle.replaced if record.op == "transformer_blocks"] == ["", "0", "1", "2"]
+    assert calls_of(accelerated, x) == ["transformer_blocks"]
+    hook = accelerated[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert_right(accelerated, original, x)
+    assert seen == [x.shape] and calls_of(accelerated, x) == ["transformer_blocks"] * 3
+    hook.remove()
+    assert_follows(lambda model: model.state_dict()["2.attn.proj.weight"].mul_(2), accelerated, original, x)
+    assert calls_of(accelerated, x) == ["transformer_blocks"] and not handle.fallbacks
+    partly = vitkernels.accelerate(copy.deepcopy(original), skip="1")
+    assert zoo.reasons(partly)[""] == "its 1 is not replaced"
+    handle.remove()
+    assert type(accelerated) is nn.Sequential and torch.equal(infer(accelerated, x), infer(original, x))
 
 
 @pytest.mark.parametrize("kind", ["timm, all options", "vit", "ViT"])

@@ -128,8 +128,8 @@ def accelerate(
     and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. In
     float32, and in bfloat16 where the CPU multiplies in it, their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are
     kept under the same rule. So are the packed weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass
-    there, and of whole transformer blocks (timm's ``Block``, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``, ``DeiTLayer`` and
-    ``Dinov2Layer``), which are four calls each.
+    there, and of whole transformer blocks (timm's ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``,
+    ``DeiTLayer`` and ``Dinov2Layer``), which are one call, however many follow one another.
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
@@ -232,6 +232,8 @@ def _find(module: nn.Module) -> tuple[type[Fused], str, str | None] | None:
         return _TABLE[name], name, None
     if (by_attributes := official.match(module)) is not None:
         return by_attributes, name, None
+    if (sequence := blocks.match(module)) is not None:
+        return sequence, name, None
     for base in cls.__mro__[1:]:
         if qualified(base) in _TABLE:
             return _TABLE[qualified(base)], name, f"a subclass of {base.__name__}, which may compute something else"

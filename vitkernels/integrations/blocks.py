@@ -1,23 +1,20 @@
-"""Transformer blocks of ViT, DeepViT and MobileViT in evaluation, four native calls each.
+"""Transformer blocks of ViT, DeepViT and MobileViT in evaluation, one native call for all that stand one after the other.
 
-    qkv = project_in(norm(x))            the packed projection
-    y   = attend(q, k, v)                views of it, read where they lie
-    x   = x + project_out(y)             LayerScale folded into the weight
-    x   = x + mlp(norm(x))               likewise
+    x = x + project_out(attention(project_in(norm(x))))        LayerScale folded into the weight
+    x = x + mlp(norm(x))                                       likewise
 
-Tokens are the pixels of a map in channels_last, [B, C, 1, N], or those of MobileViT's feature map. Nothing is copied between the calls. The attention
-and the MLP inside keep their own replacements, for calls that the original of the block has to make.
+Tokens are the pixels of a map in channels_last, [B, C, 1, N], or those of MobileViT's feature map. The attention and the MLP inside keep their own
+replacements, for calls that the original of the block has to make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, original_name
 from vitkernels.integrations.dense import Patch
@@ -25,17 +22,17 @@ from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run,
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one
-from vitkernels.nn.head_mixing import join
-
-Attend = Callable[[Tensor, Patch], Tensor]
-"""The packed projection, a map [B, 3 H D, H', W'], and the patch if it is MobileViT's map: to a map [B, H D, H', W']."""
+from vitkernels.ops import _define
+from vitkernels.ops.blocks import op, reference
+from vitkernels.ops.blocks.reference import Mixing, Pass, Softmax
+from vitkernels.ops.bottleneck.reference import Norm
 
 
 class Block(NamedTuple):
     """What a pre-norm transformer block is made of."""
 
     project_in: Bottleneck
-    attend: Callable[[], Attend]
+    attention: Callable[[], Softmax | Mixing]
     project_out: Bottleneck
     mlp: Bottleneck
 
@@ -44,69 +41,52 @@ class Block(NamedTuple):
         """Whether a LayerScale is folded into its weights."""
         return any(one.project.scale is not None for one in (self.project_out, self.mlp) if isinstance(one.project, Layer))
 
-    def bind(self, dtype: torch.dtype) -> Callable[[Tensor, Patch], Tensor]:
-        """The block of maps in channels_last memory, its weights packed for activations of ``dtype``."""
-        project_in, project_out, mlp = (one.bind(dtype) for one in (self.project_in, self.project_out, self.mlp))
-        attend = self.attend()
-
-        def run(x: Tensor, patch: Patch) -> Tensor:
-            x = project_out(attend(project_in(x), patch), x)
-            return mlp(x, x)
-
-        return run
+    def folded(self, dtype: torch.dtype) -> reference.Block:
+        """The block as the op takes it, weights in ``dtype``."""
+        project_in, project_out, mlp = (one.folded(dtype) for one in (self.project_in, self.project_out, self.mlp))
+        passes = [Pass(*(found[name] for name in Pass._fields)) for found in (project_in, project_out, mlp)]
+        return reference.Block(passes[0], self.attention(), *passes[1:])
 
 
-def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """q, k and v, [B, H, N, D] each, of the packed projection of tokens [B, 3 H D, 1, N]."""
-    return dense.split(qkv.squeeze(2).mT, heads, 3)
+def bind(blocks: Sequence[Block], dtype: torch.dtype) -> Callable[[Tensor, Patch], Tensor]:
+    """The blocks of a map [B, C, H, W], their weights packed for activations of ``dtype``."""
+    accumulation = _define.accumulation_dtype(dtype)
+    packed = op.pack([block.folded(accumulation) for block in blocks], dtype)
+    return lambda x, patch: op.run(x, packed, patch)
 
 
-def _joined(out: Tensor) -> Tensor:
-    """[B, H, N, D] as a map [B, H D, 1, N]."""
-    return join(out).mT.unsqueeze(2)
+def softmax(heads: int, scale: float | None, q_norm: nn.LayerNorm | None = None, k_norm: nn.LayerNorm | None = None) -> Callable[[], Softmax]:
+    """Attention as of every ViT; the norms are over each head's channels.
+
+    Raises:
+        UnfitError: the norms differ in what the kernel has once.
+    """
+    if (q_norm is None) != (k_norm is None):
+        raise UnfitError("of its queries and keys only one has a norm")
+    if q_norm is not None and k_norm is not None and q_norm.eps != k_norm.eps:
+        raise UnfitError("the norms of its queries and keys differ")
+
+    def norm_of(norm: nn.LayerNorm | None) -> Norm | None:
+        return None if norm is None else Norm("token", norm.weight, norm.bias, norm.eps)
+
+    return lambda: Softmax(heads, scale, norm_of(q_norm), norm_of(k_norm))
 
 
-def softmax(heads: int, scale: float | None, q_norm: Any = None, k_norm: Any = None) -> Callable[[], Attend]:
-    """Attention as of every ViT; the norms are over each head's channels."""
+def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Callable[[], Mixing]:
+    """Re-Attention; ``weight`` is [in, out], as vit_pytorch stores it.
 
-    def attend(qkv: Tensor, patch: Patch) -> Tensor:
-        if patch is not None:
-            q, k, v = qkv.chunk(3, 1)
-            if q_norm is not None:
-                q, k = dense.norm_heads(q_norm, q, heads), dense.norm_heads(k_norm, k, heads)
-            return ops.patch_attention(q, k, v, patch=patch, num_heads=heads, scale=scale)
-        q, k, v = _heads(qkv, heads)
-        if q_norm is not None:
-            q, k = q_norm(q), k_norm(k)
-        out = ops.attention(q, k, v, scale=scale)
-        assert isinstance(out, Tensor)
-        return _joined(out)
-
-    return lambda: attend
-
-
-def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Callable[[], Attend]:
-    """Re-Attention; ``weight`` is [in, out], as vit_pytorch stores it."""
-
-    def bind() -> Attend:
-        # In float64, as the op wants them: not converted at each call.
-        mix, gamma, beta = (None if t is None else t.detach().double().contiguous() for t in (weight.t(), norm.weight, norm.bias))
-        assert mix is not None
-
-        def attend(qkv: Tensor, patch: Patch) -> Tensor:
-            q, k, v = _heads(qkv, heads)
-            out = ops.re_attention(q, k, v, mix, norm="layer", norm_weight=gamma, norm_bias=beta, eps=norm.eps, scale=scale)
-            assert isinstance(out, Tensor)
-            return _joined(out)
-
-        return attend
-
-    return bind
+    Raises:
+        UnfitError: the kernel mixes fewer heads.
+    """
+    if heads > op.MOST_MIXED:
+        raise UnfitError(f"it mixes {heads} heads, and the kernel at most {op.MOST_MIXED}")
+    return lambda: Mixing(heads, scale, weight.t(), Norm("token", norm.weight, norm.bias, norm.eps))
 
 
 class _OfTokens(Folded):
     """What takes tokens [B, N, C]."""
 
+    _vk_op: ClassVar[str] = op.NAME
     _vk_dims: ClassVar[range] = range(3, 4)
 
     def _vk_folded(self, x: Any) -> Tensor | None:
@@ -120,26 +100,24 @@ class _OfTokens(Folded):
 def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Blocks one after the other, on tokens [B, N, C] or on a map [B, H/ph, ph, W/pw, pw, C]; ``last`` sees the tokens behind them."""
 
-    def bind(dtype: torch.dtype) -> Run | str:
+    def bind_all(dtype: torch.dtype) -> Run | str:
         if (reason := left_to_pytorch(dtype)) is not None:
             return reason
         if dtype is torch.bfloat16 and any(block.scaled for block in blocks):
             return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
-        runs, channels = [block.bind(dtype) for block in blocks], blocks[0].project_in.channels
+        blocks_of, channels = bind(blocks, dtype), blocks[0].project_in.channels
 
         def run(x: Tensor) -> Tensor | None:
             if x.shape[-1] != channels:
                 return None
             patch = dense.patch_of(x)
-            y = x.contiguous().mT.unsqueeze(2) if patch is None else dense.as_map(x)
-            for block in runs:
-                y = block(y, patch)
+            y = blocks_of(x.contiguous().mT.unsqueeze(2) if patch is None else dense.as_map(x), patch)
             y = y.squeeze(2).mT if patch is None else dense.as_tokens(y, patch)
             return y if last is None else last(y)
 
         return run
 
-    return Plan(bind)
+    return Plan(bind_all)
 
 
 # --- timm ----------------------------------------------------------------------------------------------------------------------------
@@ -153,7 +131,7 @@ class TimmBlock(_OfTokens):
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
         attention = module.attn
-        return [attention.__dict__.get(name) for name in ("num_heads", "scale", "fused_attn")]
+        return [attention.__dict__.get(name) for name in ("num_heads", "head_dim", "scale", "fused_attn")]
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
@@ -167,15 +145,46 @@ class TimmBlock(_OfTokens):
         if attention._modules.get("gate") is not None:
             raise UnfitError("its attention has a gate")
         no_change(module.drop_path1, module.drop_path2, attention.attn_drop, attention.proj_drop)
-        q_norm, k_norm, norm = (None if type(norm) is nn.Identity else norm for norm in (attention.q_norm, attention.k_norm, attention.norm))
-        if (q_norm is None) != (k_norm is None):
-            raise UnfitError("of its queries and keys only one has a norm")
+        norms = [None if type(norm) is nn.Identity else token_norm(norm) for norm in (attention.q_norm, attention.k_norm, attention.norm)]
+        if any(norm is not None and norm.normalized_shape != (attention.head_dim,) for norm in norms[:2]):
+            raise UnfitError("the norms of its queries and keys are over more than a head's channels")
         return Block(
             bottleneck(_linear(attention.qkv), norm=token_norm(module.norm1)),
-            softmax(attention.num_heads, None if attention.fused_attn else attention.scale, q_norm, k_norm),
-            bottleneck(_linear(attention.proj, _scale(module.ls1)), norm=None if norm is None else token_norm(norm)),
+            softmax(attention.num_heads, None if attention.fused_attn else attention.scale, *norms[:2]),
+            bottleneck(_linear(attention.proj, _scale(module.ls1)), norm=norms[2]),
             mlp_layers(module.mlp, module.norm2, _scale(module.ls2)),
         )
+
+
+class TimmBlocks(TimmBlock):
+    """A ``Sequential`` of such blocks, which otherwise go one by one."""
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        for name, block in module.named_children():
+            if not issubclass(role(block), TimmBlock):
+                return f"its {name} is not replaced"
+        return super()._vk_why_not(module, role)
+
+    @classmethod
+    def _vk_settings(cls, module: Any) -> Any:
+        return list(map(TimmBlock._vk_settings, module.children()))
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        return _plan(*map(TimmBlock._vk_block, module.children()))
+
+    def _vk_left(self, reason: str) -> None:
+        """Blocks one by one are no fall-back to report; one that runs its original does so itself."""
+
+
+def match(module: nn.Module) -> type[Fused] | None:
+    """The replacement of a ``Sequential`` of nothing but blocks."""
+    several = type(module) is nn.Sequential and len(module) > 1
+    return TimmBlocks if several and all(original_name(block) == _TIMM_BLOCK for block in module.children()) else None
+
+
+_TIMM_BLOCK = "timm.models.vision_transformer.Block"
 
 
 def _linear(module: Any, scale: Tensor | None = None) -> Layer:
@@ -224,6 +233,7 @@ class VitPytorchTransformer(_OfTokens):
             out, *others = out
             no_change(*others)
         heads, scale = attention.heads, attention.scale
+        attend: Callable[[], Softmax | Mixing]
         if _VIT_PYTORCH[kind] is VitPytorchAttention:
             attend = mixing(heads, scale, attention.reattn_weights, attention.reattn_norm[1])
         else:
@@ -276,7 +286,7 @@ class TransformersBlock(_OfTokens):
 
 
 TABLE: dict[str, type[Fused]] = {
-    "timm.models.vision_transformer.Block": TimmBlock,
+    _TIMM_BLOCK: TimmBlock,
     **{f"vit_pytorch.{name}.Transformer": VitPytorchTransformer for name in ("vit", "simple_vit", "deepvit")},
     **{f"{name}Layer": TransformersBlock for name in TRANSFORMERS_VITS},
 }

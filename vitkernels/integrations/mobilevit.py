@@ -13,7 +13,7 @@ autocast, in another dtype, with a hook inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ class Dense(NamedTuple):
     def bind(self, dtype: torch.dtype) -> Run:
         """The block, its weights packed for activations of ``dtype``."""
         first, before = ([bind(dtype) for bind in binds] for binds in (self.first, self.before))
-        layers, patch = [layer.bind(dtype) for layer in self.layers], self.patch
+        layers, patch = blocks.bind(self.layers, dtype), self.patch
         project = bottleneck(self.project, norm=self.norm).bind(dtype)
         project_alone = bottleneck(self.project).bind(dtype)  # the norm of a map that is resized comes before
         fusion = None if self.fusion is None else single(self.fusion).bind(dtype)
@@ -231,8 +231,7 @@ class Dense(NamedTuple):
             if inner != outer and not self.resizes:
                 return None
             y = resized(y, inner)
-            for layer in layers:
-                y = layer(y, patch)
+            y = layers(y, patch)
             if inner == outer:
                 y = project(y)
             else:
@@ -247,6 +246,8 @@ class Dense(NamedTuple):
 
 class TimmDense(Whole, timm.TimmMapBlock):
     """``MobileVitBlock``."""
+
+    _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (blocks.TimmBlocks,)
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:

@@ -144,26 +144,28 @@ class Bottleneck(NamedTuple):
         """Of the input."""
         return (self.expand or self.project).channels
 
-    def bind(self, dtype: torch.dtype) -> Pass:
-        """The pass with its weights packed for activations of ``dtype``."""
-        accumulation = _define.accumulation_dtype(dtype)
+    def folded(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of :func:`vitkernels.ops.bottleneck.op.pack`, weights in ``dtype``."""
         depthwise, norm = None, None
         if self.depthwise is not None:
-            weight, bias = self.depthwise.folded(accumulation)
+            weight, bias = self.depthwise.folded(dtype)
             conv: Any = self.depthwise.module
             depthwise = Depthwise(weight.flatten(0, 1), bias, conv.stride[0], conv.padding[0])
         if self.norm is not None:
             norm = Norm("token" if isinstance(self.norm, nn.LayerNorm) else "sample", self.norm.weight, self.norm.bias, self.norm.eps)
         inner = [layer.activation for layer in (self.expand, self.depthwise) if layer is not None]
-        packed = op.pack(
-            self.project.affine(accumulation),
-            norm=norm,
-            expand=None if self.expand is None else self.expand.affine(accumulation),
-            depthwise=depthwise,
-            activation=inner[0] if inner else "none",
-            out_activation=self.project.activation,
-            activations=dtype,
-        )
+        return {
+            "project": self.project.affine(dtype),
+            "norm": norm,
+            "expand": None if self.expand is None else self.expand.affine(dtype),
+            "depthwise": depthwise,
+            "activation": inner[0] if inner else "none",
+            "out_activation": self.project.activation,
+        }
+
+    def bind(self, dtype: torch.dtype) -> Pass:
+        """The pass with its weights packed for activations of ``dtype``."""
+        packed = op.pack(**self.folded(_define.accumulation_dtype(dtype)), activations=dtype)
         return lambda x, residual=None: op.run(x, packed, residual)
 
 

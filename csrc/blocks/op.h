@@ -1,0 +1,15 @@
+// Transformer blocks as PyTorch calls them. The schema, and what the program means, are in vitkernels/ops/blocks/op.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace vitkernels {
+
+using torch::stable::Tensor;
+
+Tensor transformer_blocks(
+    const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width);
+
+}  // namespace vitkernels

@@ -1,0 +1,1 @@
+"""Pre-norm transformer blocks, one call for all of them."""
