@@ -158,8 +158,14 @@ def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, *, aut
     return None
 
 
+_CPU = torch.device("cpu")
+
+
 def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype, training: bool) -> str:
     if wanted == "auto":
+        # What the loop finds first on a CPU, in a third of the time: a call on few tokens notices a microsecond.
+        if device == _CPU and dtype in _support[op].native and native.why_not() is None:
+            return "native"
         for name in _AUTO_ORDER.get(device.type, ()):
             if why_not(op, name, device, dtype, auto=True, training=training) is None:
                 return name

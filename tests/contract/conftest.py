@@ -2,7 +2,8 @@
 
 A test asks for ``target`` (an op on a backend), ``case`` (a target, a dtype, one of the op's samples) or ``bad_call`` (a target and a call to
 refuse). A backend that cannot run here is one skipped test per op, with its reason. ``@pytest.mark.fused`` leaves the reference backend out, where
-the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples.
+the test would compare it with itself; ``@pytest.mark.dtypes(...)`` restricts the dtypes of ``case``, ``@pytest.mark.thin`` its samples
+(those of low precision and float64 are thin always).
 ``@pytest.mark.derivative`` leaves out the ops that nobody differentiates.
 ``@pytest.mark.kernel`` is what `make test` runs again for every instruction set; `make gpu` runs it and ``@pytest.mark.gpu``.
 """
@@ -57,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "derivative: about gradients, so only the ops that have them")
     config.addinivalue_line("markers", "kernel: about the machine code of a kernel; the rest is the same for every instruction set")
     config.addinivalue_line("markers", "gpu: about what is another thing on a GPU, though no kernel's machine code")
-    config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow")
+    config.addinivalue_line("markers", "thin: few samples in Triton's interpreter, which is slow, and of the reference")
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes that `case` covers")
 
 

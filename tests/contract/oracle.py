@@ -63,14 +63,18 @@ class Target:
         """The op's samples. They are shared between tests: use :func:`torch.autograd.grad`, not ``backward``."""
         return _samples(self.spec.name, self.spec.samples, dtype, self.device, grad, self.interpreted)
 
+    def small(self, *, grad: bool = False) -> tuple[Sample, ...]:
+        """The small ones in float32, as the interpreter gets them, for what does not depend on size."""
+        return _samples(self.spec.name, self.spec.samples, torch.float32, self.device, grad, True)
+
     def every(self, step: int, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> tuple[Sample, ...]:
         """Every ``step``-th sample; in the interpreter, where a call takes a third of a second, a sixth of those."""
         return self.samples(dtype, grad=grad)[:: 6 * step if self.interpreted else step]
 
     def cases(self, dtype: torch.dtype, thin: bool) -> Iterator[Case]:
-        """A case per sample; in the interpreter, if ``thin``, one in six."""
+        """A case per sample; if ``thin`` one in six in the interpreter, and of the reference, which is compared with itself."""
         for index, sample in enumerate(self.samples(dtype)):
-            if not (thin and self.interpreted and index % 6):
+            if not (thin and (self.interpreted or self.backend == "reference") and index % 6):
                 yield Case(self, dtype, index, sample.name)
 
 

@@ -32,8 +32,9 @@ def _compiled(target: Target, **options: Any) -> Target:
 
 
 def _some(target: Target) -> list[Sample]:
-    """A few samples that differ in kind: bias or none, a map, other strides."""
-    return list(target.every(9, grad=True))
+    """A few samples that differ in kind: bias or none, a map, other strides. Of the reference two: compiled, it is PyTorch's operators alone."""
+    samples = target.small(grad=True)[:: 54 if target.interpreted else 9]
+    return list(samples[: 2 if target.backend == "reference" else None])
 
 
 def test_forward_and_backward(target: Target) -> None:
@@ -211,7 +212,9 @@ class _Module(torch.nn.Module):
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_export_gives_plain_aten(target: Target, strict: bool) -> None:
     """What is exported runs where vitkernels is not installed, whatever backend is in force, and computes the reference."""
-    for sample in (target.samples()[0], target.samples()[-2]):
+    if strict == (target.backend == "reference"):
+        pytest.skip("all backends export the reference: with kernels in force strictly, with the reference not")
+    for sample in (target.small()[0], target.small()[-2]):
         with vitkernels.backend(target.backend):
             program = torch.export.export(_Module(target, sample.kwargs), sample.args, strict=strict)
         ops = {node.target for node in program.graph.nodes if node.op == "call_function"}

@@ -55,6 +55,7 @@ def _results(target: Target, sample: Sample) -> dict[str, torch.Tensor]:
     return named_results(target, sample, grads_out, signature=target.spec.reference)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=["float32", "bfloat16", "float16", "float64"])
 def test_same_mask_as_the_reference(target: Target, dtype: torch.dtype, poison: None) -> None:
     """One dropped score more or less than in the reference is an error of the order of the result, and so of any tolerance."""

@@ -1,4 +1,7 @@
-"""Gradients against finite differences, in float64, through the kernels themselves (they are templates, so this is the code that runs in float32)."""
+"""Gradients against finite differences, in float64, through the kernels themselves (they are templates, so this is the code that runs in float32).
+
+On one instruction set: on each of them test_forward_backward.py holds the same gradients, in float64, to the reference's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from vitkernels.registry import Sample
 
 from .oracle import Case, Target, as_tuple, function_of_tensors, mapped
 
-pytestmark = [pytest.mark.kernel, pytest.mark.derivative]
+pytestmark = pytest.mark.derivative
 _SLOW = 400  # elements up to which every entry of the Jacobian is differenced
 
 
@@ -29,6 +32,7 @@ def _size(sample: Sample) -> int:
     return sum(t.numel() for t in sample.tensors())
 
 
+@pytest.mark.fused
 @pytest.mark.dtypes(torch.float64)
 def test_projected_jacobian(case: Case) -> None:
     _check(case.target, case.sample(grad=True), fast_mode=True)

@@ -29,9 +29,10 @@ def _recorded(target: Target, sample: Sample) -> list[tuple[Any, tuple[Any, ...]
 
 
 def _some(target: Target) -> list[Sample]:
-    """First and last of the samples and some between, coprime to their period: shapes, maps and layouts."""
-    samples = target.samples(grad=True)
-    return [*target.every(5, grad=True), samples[-1]]
+    """First and last of the samples and some between, coprime to their period: shapes, maps and layouts. In the interpreter not the last, the
+    slowest: schema, fake and autograd are those of the compiled op.
+    """
+    return [*target.every(5, grad=True), *([] if target.interpreted else target.samples(grad=True)[-1:])]
 
 
 def test_forward_op(target: Target) -> None:

@@ -58,17 +58,13 @@ def test_loss_curves_agree(make: Callable[[], nn.Module], rate: float, steps: in
 
     eps = torch.finfo(autocast or torch.float32).eps
     original, _ = run(lambda model: model)
-    spread = [zoo.rms(run(lambda model, seed=seed: zoo.jitter(model, seed, eps))[0] - original) for seed in range(4)]
 
     def accelerate(model: nn.Module) -> nn.Module:
         assert len(vitkernels.accelerate(model).replaced) == replaced
         return model
 
     ours, trained = run(accelerate)
-    distance = zoo.rms(ours - original)
-    assert 0 < max(spread) < 0.1 * zoo.rms(original), "the yardstick itself is out of measure: the runs of the original have nothing in common"
-    assert distance <= 2 * max(spread), f"rms distance {distance:.3g}, between runs of the original at most {max(spread):.3g}"
-
+    zoo.assert_curves_agree(original, ours, lambda seed: run(lambda model: zoo.jitter(model, seed, eps))[0])
     assert ours[-5:].mean() < 0.5 * ours[:5].mean()
     with torch.no_grad():
         accuracy = (trained.eval()(images[1440:]).argmax(1) == labels[1440:]).double().mean()

@@ -80,7 +80,7 @@ def test_maps_that_windows_do_not_divide(name: str, size: int | tuple[int, int])
     assert not handle.fallbacks
 
 
-@pytest.mark.parametrize("name", [f"efficientvit_m{i}" for i in range(6)])
+@pytest.mark.parametrize("name", ["efficientvit_m0", "efficientvit_m1"])  # all kernels of 5, and of 7, 5, 3 and 3: what the others are made of, too
 def test_three_training_steps(name: str) -> None:
     """In float64. In float32 every run of a whole model, the original's too, has a ReLU among millions on the other side of zero, and differs from
     the next by as much as that ReLU counts, which is a lot in a squeeze-and-excitation; float32 is held to the rule in smaller models below.

@@ -231,7 +231,7 @@ class MemoryViT(nn.Module):
 
         if self.training or torch.is_grad_enabled():
             return make()
-        return kept.value(_define.autocast_dtype(tasks[0].memory.device.type), make)
+        return kept.value(_define.autocast_of(tasks[0].memory), make)
 
 
 def _settings(model: MemoryViT) -> Any:

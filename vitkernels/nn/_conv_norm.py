@@ -202,7 +202,7 @@ def update_running_statistics(norms: Sequence[nn.BatchNorm2d], mean: Tensor, var
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` computes in: its own, or autocast's."""
-    autocast = _define.autocast_dtype(x.device.type)
+    autocast = _define.autocast_of(x)
     return x.dtype if autocast is None or x.dtype is torch.float64 else autocast
 
 

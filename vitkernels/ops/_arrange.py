@@ -8,6 +8,13 @@ from torch import Tensor
 HEAD_DIMS = (8, 16, 20, 24, 30, 32, 33, 35, 36, 48, 60, 64, 72, 80, 96, 112, 128)
 
 
+def long_in(dtype: torch.dtype, device: str) -> bool:
+    """Whether a sample of thousands of tokens is worth its time: on a CPU eager takes seconds for one in float16 and float64, whose kernels go
+    through the tokens by the lines of float32.
+    """
+    return dtype in (torch.float32, torch.bfloat16) or device != "cpu"
+
+
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As they are."""
     return tensors

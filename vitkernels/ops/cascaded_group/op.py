@@ -305,7 +305,7 @@ def _check_norms(op: str, name: str, norms: Sequence[tuple[Tensor, Tensor]], cou
 
 def _autocast_and_check_kind(op: str, x: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """``x`` and the arguments, tensors and lists of them, cast as autocast would; all of one dtype and device."""
-    if (dtype := _define.autocast_dtype(x.device.type)) is not None:
+    if (dtype := _define.autocast_of(x)) is not None:
         x = _define.cast(x, dtype)
 
     def checked(name: str, value: Any) -> Any:

@@ -36,6 +36,8 @@ def _for_torch(
     On a GPU where the alternative is the definition, which forms the logits; on a CPU in float32 training, where the logits are so few that autograd
     in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
     """
+    if chosen == "native" and not torch.is_grad_enabled():  # asked first: inference on few tokens is where this rule's own time counts
+        return None
     if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
         return None
     if chosen == "native":
@@ -122,7 +124,7 @@ def run(
     and dropout counts them so. They are the caller's to check. ``for_torch`` is the rule by which ``auto`` may call PyTorch's attention, for a caller
     who wants the output alone; the logsumexp is then empty.
     """
-    if isinstance(q, Tensor) and (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if isinstance(q, Tensor) and (dtype := _define.autocast_of(q)) is not None:
         q, k, v, shared_k, shared_v = (_define.cast(t, dtype) for t in (q, k, v, shared_k, shared_v))
     if not _agree(q, k, v):
         _refuse(op, q, k, v)
@@ -153,9 +155,13 @@ def run(
 
 def _agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether shapes, dtypes and devices are right, in one look: a call on few tokens takes twenty microseconds, of which messages would be five."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == k.dim() == v.dim() == 4):
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == 4):
         return False
-    batch, heads, _, width = q.shape
+    batch, heads, _, width = shape = q.shape
+    if k.shape == shape == v.shape:  # as nearly all have it
+        return width > 0 and heads > 0 and _check.of_a_kind(q, k, v)
+    if not k.dim() == v.dim() == 4:
+        return False
     k_batch, k_heads, keys, k_width = k.shape
     v_batch, v_heads, v_keys, v_width = v.shape
     return (

@@ -85,7 +85,7 @@ def re_attention(
         _check.floating(op, name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be 4-dimensional, {symbols}")
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if (dtype := _define.autocast_of(q)) is not None:
         q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
     _check.same_kind(op, "k", k, "q", q)
     _check.same_kind(op, "v", v, "q", q)

@@ -261,7 +261,7 @@ def _checked_predictions(op: str, logits: Tensor, boxes: Tensor, kind: str) -> t
     if logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits has shape {_check.shape_of(logits)}; it must have at least one class")
     _check.has_shape(op, "boxes", boxes, (*logits.shape[:-1], 4), "[L, B, Q, 4]" if logits.dim() == 4 else "[B, Q, 4]")
-    if logits.dtype is not boxes.dtype and _define.autocast_dtype(logits.device.type) is not None:
+    if logits.dtype is not boxes.dtype and _define.autocast_of(logits) is not None:
         logits, boxes = (_define.cast(t, torch.float32) for t in (logits, boxes))
     _check.same_kind(op, "boxes", boxes, "logits", logits)
     return logits, boxes

@@ -84,7 +84,7 @@ def memory_attention(
         dims = _SYMBOLS[name].count(",") + 1
         if tensor.dim() != dims:
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be {dims}-dimensional, {_SYMBOLS[name]}")
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if (dtype := _define.autocast_of(q)) is not None:
         named = {name: _define.cast(tensor, dtype) for name, tensor in named.items()}
         q, k, v, memory_k, memory_v = (named[name] for name in ("q", "k", "v", "memory_k", "memory_v"))
         own_k, own_v = named.get("own_k"), named.get("own_v")

@@ -184,7 +184,7 @@ _SYMBOLS = {"q": "[T_q, H, D]", "k": "[T_k, H_k, D]", "v": "[T_k, H_k, D_v]"}
 
 def _run(op: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, o: _Options) -> tuple[Tensor, Tensor]:
     """Check, choose, call."""
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if (dtype := _define.autocast_of(q)) is not None:
         q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
     _check_kinds(op, q, k, v)
     _check_layout(op, q, k, layout)

@@ -45,7 +45,7 @@ def patch_attention(q: Tensor, k: Tensor, v: Tensor, *, patch: tuple[int, int] =
     Paper: MobileViT, arXiv 2110.02178, section 3.1, equation 1.
     """
     op = "patch_attention"
-    if isinstance(q, Tensor) and (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if isinstance(q, Tensor) and (dtype := _define.autocast_of(q)) is not None:
         q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
     if not _agree(q, k, v, patch, num_heads):
         _refuse(op, q, k, v, patch, num_heads)

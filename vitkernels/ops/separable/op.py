@@ -52,7 +52,7 @@ def separable_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _check.has_shape(op, "q", q, (batch, 1, positions, patches), "[B, 1, P, N]")
     _check.has_shape(op, "k", k, (batch, k.shape[1], positions, patches), "[B, d, P, N] with q's B, P and N")
     _check.has_shape(op, "v", v, tuple(k.shape), "[B, d, P, N], the shape of k")
-    if (dtype := _define.autocast_dtype(q.device.type)) is not None:
+    if (dtype := _define.autocast_of(q)) is not None:
         q, k, v = (_define.cast(t, dtype) for t in (q, k, v))
     _check.same_kind(op, "k", k, "q", q)
     _check.same_kind(op, "v", v, "q", q)
@@ -116,7 +116,7 @@ def separable_self_attention(
     _check_bias(op, "out_bias", out_bias, "[d]", dim)
     if not 0.0 <= dropout_p <= 1.0:
         _check.probability(op, "dropout_p", dropout_p)
-    if (dtype := _define.autocast_dtype(x.device.type)) is not None:
+    if (dtype := _define.autocast_of(x)) is not None:
         tensors = tuple(_define.cast(t, dtype) for t in tensors)
         x, qkv_weight, qkv_bias, out_weight, out_bias = tensors
     for name, tensor in zip(("qkv_weight", "qkv_bias", "out_weight", "out_bias"), tensors[1:], strict=True):

@@ -58,7 +58,7 @@ def factorized_position_embedding(x: Tensor, height_table: Tensor, width_table: 
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be 2-dimensional, {symbols}")
         if tensor.shape[1] != x.shape[1]:
             raise ValueError(f"{op}: {name} has shape {_check.shape_of(tensor)}; it must be {symbols} with D = {x.shape[1]} of x")
-    if (dtype := _define.autocast_dtype(x.device.type)) is not None:
+    if (dtype := _define.autocast_of(x)) is not None:
         x, height_table, width_table = (_define.cast(t, dtype) for t in (x, height_table, width_table))
     _check.same_kind(op, "height_table", height_table, "x", x)
     _check.same_kind(op, "width_table", width_table, "x", x)
@@ -134,7 +134,7 @@ def masked_pool(x: Tensor, layout: PackedLayout, mode: Literal["mean", "max"] = 
         raise ValueError(f"{op}: the layout is on {layout.cu_seqlens_k.device}; it must be on {x.device}, the device of x (layout.to(...))")
     if mode not in MODES:
         raise ValueError(f"{op}: mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-    if (dtype := _define.autocast_dtype(x.device.type)) is not None:
+    if (dtype := _define.autocast_of(x)) is not None:
         x = _define.cast(x, dtype)
     flat = x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
