@@ -127,7 +127,7 @@ gpu:
 	else \
 	  for tool in memcheck racecheck; do \
 	    echo "CUDA kernels under compute-sanitizer, $$tool"; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 40 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-regex kns=attention \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 40 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name kns=attention \
 	      $(PYTHON) -m pytest --quiet tests/contract/test_forward_backward.py --device cuda -k "$(SANITIZED)" \
 	      --op cascaded_group_attention --op re_attention || { [ $$? = 124 ] && echo "cut off"; } || touch build/gpu-failed; \
 	  done; \

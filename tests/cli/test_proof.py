@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -28,6 +29,13 @@ def test_a_committed_proof_is_in_the_results(op: str, backend: str, architecture
     claimed = {(dtype, mode) for dtype, modes in committed.passes.items() for mode in modes}
     assert claimed
     assert claimed <= set(shown[op, backend]), "a case has no row (it was wrong, or not run), or eager was faster"
+
+
+def test_a_gpu_is_known_by_its_capability_and_not_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 describes an H200: ``gcnArchName``, on ROCm the architecture, is the product's name there."""
+    properties = SimpleNamespace(gcnArchName="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert proof.architecture(GPU) == "sm_90"
 
 
 def run(case: str, **milliseconds: float) -> list[dict[str, Any]]:

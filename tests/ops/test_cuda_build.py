@@ -1,7 +1,7 @@
 """The CUDA C++ kernels compiled for real GPUs: registers, spills and shared memory read from the binary. No GPU needed, only nvcc.
 
-What the kernels compute is tested by csrc/tests/test_cascaded_block.cpp and test_re_attention_block.cpp, which run their own code on the CPU; how much
-shared memory they ask for at a launch, and that it fits each GPU, by test_cascaded_schedule.cpp and the latter.
+What the kernels compute is tested by csrc/tests/test_cascaded_block.cpp and test_re_attention_block.cpp, which run their own code on the CPU; how
+much shared memory they ask for at a launch, and that it fits each GPU, by test_cascaded_schedule.cpp and the latter.
 """
 
 from __future__ import annotations
