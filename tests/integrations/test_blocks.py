@@ -155,6 +155,20 @@ def test_a_sequence_of_blocks_is_one_call() -> None:
     hook.remove()
     assert_follows(lambda model: model.state_dict()["2.attn.proj.weight"].mul_(2), accelerated, original, x)
     assert calls_of(accelerated, x) == ["transformer_blocks"] and not handle.fallbacks
+    for model in (original, accelerated):
+        model[1].forward = lambda x: 2 * x
+    assert_right(accelerated, original, x)
+    for model in (original, accelerated):
+        del model[1].forward
+        model.append(nn.Linear(DIM, DIM).requires_grad_(False))
+        nn.init.eye_(model[3].weight)
+        nn.init.zeros_(model[3].bias)
+    assert_right(accelerated, original, x)
+    for model in (original, accelerated):
+        del model[3]
+    assert torch.equal(infer(accelerated[:0], x), x)
+    assert_right(accelerated, original, x)
+    assert calls_of(accelerated, x) == ["transformer_blocks"]
     partly = vitkernels.accelerate(copy.deepcopy(original), skip="1")
     assert zoo.reasons(partly)[""] == "its 1 is not replaced"
     handle.remove()

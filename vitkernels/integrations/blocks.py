@@ -99,6 +99,8 @@ class _OfTokens(Folded):
 
 def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Plan:
     """Blocks one after the other, on tokens [B, N, C] or on a map [B, H/ph, ph, W/pw, pw, C]; ``last`` sees the tokens behind them."""
+    if not blocks:
+        raise UnfitError("it has no layers")
 
     def bind_all(dtype: torch.dtype) -> Run | str:
         if (reason := left_to_pytorch(dtype)) is not None:
@@ -168,10 +170,13 @@ class TimmBlocks(TimmBlock):
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
-        return list(map(TimmBlock._vk_settings, module.children()))
+        return [TimmBlock._vk_settings(block) for block in module._modules.values() if "attn" in block._modules]
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
+        for name, block in module.named_children():
+            if original_name(block) != _TIMM_BLOCK:
+                raise UnfitError(f"its {name} is a {type(block).__name__}")
         return _plan(*map(TimmBlock._vk_block, module.children()))
 
     def _vk_left(self, reason: str) -> None:
@@ -217,8 +222,6 @@ class VitPytorchTransformer(_OfTokens):
     def _vk_plan(cls, module: Any) -> Plan:
         layers: Any = plain(module.layers, nn.ModuleList)
         blocks = [cls._vk_block(attention, feed_forward) for attention, feed_forward in layers]
-        if not blocks:
-            raise UnfitError("it has no layers")
         return _plan(*blocks, last=module._modules.get("norm"))
 
     @classmethod

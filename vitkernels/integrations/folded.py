@@ -121,6 +121,8 @@ def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
     for child in module.modules():
         if child is not module and _checks.hooked(child):
             return f"its {type(child).__name__} {_checks.HOOKED}"
+        if child is not module and "forward" in child.__dict__:
+            return f"the forward of its {type(child).__name__} is overridden on the instance"
     try:
         return cls._vk_plan(module)
     except UnfitError as error:
