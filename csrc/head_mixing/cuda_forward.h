@@ -1,5 +1,5 @@
 // Re-Attention's forward on a GPU with 16-bit elements, the code of one thread block: the logsumexp of 64 queries of a head, and, given these, the
-// output of 16 or 32 queries of all heads.
+// output of 16, 32 or 64 queries of all heads.
 //
 // A warp takes 16 queries x 8 keys of all heads. Each lane exponentiates its own four elements of every head's map, and as it has them in all heads, a
 // pair of heads is one register. Through two kilobytes of the warp's shared memory they become rows of 16 heads, the mix is one m16n8k16 a row of

@@ -184,6 +184,15 @@ def test_training_and_gradients_are_the_originals(kind: str) -> None:
     assert not handle.fallbacks and any(record.op == "attention" for record in handle.replaced)
 
 
+def test_a_copy_of_a_model_in_evaluation_runs_folded() -> None:
+    """einops makes its layers anew in a copy, in training mode, which changes nothing of what they do."""
+    model = copy.deepcopy(BLOCKS["deepvit"]().eval())
+    assert any(module.training for module in model.modules())
+    handle = vitkernels.accelerate(model)
+    infer(model, torch.randn(1, 7, DIM))
+    assert "ran the original" not in str(handle), str(handle)
+
+
 @pytest.mark.parametrize("kind", ["timm", "deepvit", "ViT"])
 def test_a_hook_inside_is_called(kind: str) -> None:
     original, accelerated, handle = pair(BLOCKS[kind])

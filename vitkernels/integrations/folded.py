@@ -131,8 +131,9 @@ def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
 
 def _plan_now(module: Any) -> Plan | str:
     plan = plan_of(module, module)
-    if not isinstance(plan, str) and not module.training and any(child.training for child in module.modules()):
-        return "some of its layers are in training mode"
+    if not isinstance(plan, str) and not module.training:
+        if any(child.training and original_name(child) not in _WITHOUT_A_MODE for child in module.modules()):
+            return "some of its layers are in training mode"
     return plan
 
 
@@ -160,6 +161,8 @@ _INACTIVE = frozenset(
     }
 )
 """What changes nothing in evaluation."""
+_WITHOUT_A_MODE = frozenset({"einops.layers.torch.Rearrange", "einops.layers.torch.Reduce"})
+"""What is the same in training: einops makes these anew when a model is copied or unpickled, and a new layer says that it is in training."""
 
 
 def activation_of(module: Any) -> str:
