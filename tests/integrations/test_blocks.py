@@ -185,7 +185,7 @@ def test_training_and_gradients_are_the_originals(kind: str) -> None:
 
 
 def test_a_copy_of_a_model_in_evaluation_runs_folded() -> None:
-    """einops makes its layers anew in a copy, in training mode, which changes nothing of what they do."""
+    """Einops makes its layers anew in a copy, in training mode, which changes nothing of what they do."""
     model = copy.deepcopy(BLOCKS["deepvit"]().eval())
     assert any(module.training for module in model.modules())
     handle = vitkernels.accelerate(model)
