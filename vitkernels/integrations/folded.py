@@ -131,9 +131,10 @@ def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
 
 def _plan_now(module: Any) -> Plan | str:
     plan = plan_of(module, module)
-    if not isinstance(plan, str) and not module.training:
-        if any(child.training and original_name(child) not in _WITHOUT_A_MODE for child in module.modules()):
-            return "some of its layers are in training mode"
+    if isinstance(plan, str) or module.training:
+        return plan
+    if any(child.training and original_name(child) not in _WITHOUT_A_MODE for child in module.modules()):
+        return "some of its layers are in training mode"
     return plan
 
 
