@@ -69,7 +69,7 @@ VITKERNELS_DEVICE void project_back(
     }
   }
   if (args.need_weights) {
-    threads_over(warp, channels, [&](int channel) {
+    threads_over<kWarps>(warp, channels, [&](int channel) {
       partial.add(args.offsets.proj_bias + channel, column_sum(grad_y, grad_stride, shape.tokens(), channel));
     });
   }
@@ -176,7 +176,7 @@ VITKERNELS_DEVICE void convolve_back(
     int warp, const BackwardArguments& args, const Partial& partial, int index, const Head<T>& head, const T* grad_q, T* grad_qkv, int grad_stride) {
   const Shape& shape = args.shape;
   const int w = shape.window, tokens = shape.tokens(), reach = reach_of(shape, index), side = 2 * reach + 1, pairs = padded(shape.key_dim) / 2;
-  threads_over(warp, shape.rows() * pairs, [&](int i) {
+  threads_over<kWarps>(warp, shape.rows() * pairs, [&](int i) {
     const int token = i / pairs, channel = 2 * (i % pairs), row = row_of(head.places[token]), column = column_of(head.places[token]);
     float x = 0, y = 0;
     if (token < tokens) {
@@ -194,7 +194,7 @@ VITKERNELS_DEVICE void convolve_back(
   if (!args.need_weights) return;
   const int size = shape.kernel_sizes[index], keys = shape.key_dim;
   const int64_t at = args.offsets.dw + dw_offset(shape, index);
-  threads_over(warp, size * size * keys, [&](int i) {
+  threads_over<kWarps>(warp, size * size * keys, [&](int i) {
     const int channel = i % keys, tap = i / keys, dy = tap / size - size / 2, dx = tap % size - size / 2;
     float sum = 0;
     // Over the tokens that the tap reads, as in the forward: no distance changes its sign in a loop's length.
@@ -206,7 +206,7 @@ VITKERNELS_DEVICE void convolve_back(
     }
     partial.add(at + static_cast<int64_t>(channel) * size * size + tap, sum);
   });
-  threads_over(warp, keys, [&](int channel) {
+  threads_over<kWarps>(warp, keys, [&](int channel) {
     partial.add(args.offsets.dw_bias + index * keys + channel, column_sum(grad_q, head.key_stride, tokens, channel));
   });
 }
@@ -263,7 +263,7 @@ VITKERNELS_DEVICE void backward_block(const Block& block, const BackwardArgument
             [&](int, int column, int k) { return down_column(head.k, head.key_stride, k, column); }, Zero{},
             [&](int token, int column, float x, float y) { store_pair(grad_q + token * head.key_stride + column, x * args.scale, y * args.scale); });
         if (args.need_weights) {
-          threads_over(warp, shape.tokens(), [&](int entry) {
+          threads_over<kWarps>(warp, shape.tokens(), [&](int entry) {
             partial.add(args.offsets.table + index * shape.tokens() + entry, table_gradient(scores, square, shape.window, entry));
           });
         }
@@ -296,7 +296,7 @@ VITKERNELS_DEVICE void backward_block(const Block& block, const BackwardArgument
               const int row = qkv_row(shape, column);
               if (row >= 0) partial.add(args.offsets.qkv + (static_cast<int64_t>(index) * qkv_rows + row) * shape.split + channel, value);
             });
-        threads_over(warp, qkv_columns(shape), [&](int column) {
+        threads_over<kWarps>(warp, qkv_columns(shape), [&](int column) {
           const int row = qkv_row(shape, column);
           if (row >= 0) partial.add(args.offsets.qkv_bias + index * qkv_rows + row, column_sum(grad_qkv, grad_stride, shape.tokens(), column));
         });

@@ -61,7 +61,7 @@ VITKERNELS_DEVICE Head<T> head_of(const Block& block, const HeadLayout& layout) 
 
 template <class T>
 VITKERNELS_DEVICE void fill_places(int warp, const Shape& shape, const Head<T>& head) {
-  threads_over(warp, shape.rows(), [&](int token) { head.places[token] = token < shape.tokens() ? place_of(token, shape.window) : 0; });
+  threads_over<kWarps>(warp, shape.rows(), [&](int token) { head.places[token] = token < shape.tokens() ? place_of(token, shape.window) : 0; });
 }
 
 VITKERNELS_DEVICE int64_t pixel_offset(const Map& map, const Corner& corner, int place) {
@@ -101,8 +101,8 @@ VITKERNELS_DEVICE void stage_head(int warp, const Shape& shape, const Weights& w
             keys = padded(shape.key_dim);
   const T* table = static_cast<const T*>(weights.table) + static_cast<int64_t>(index) * tokens;
   const T* dw = static_cast<const T*>(weights.dw) + dw_offset(shape, index);
-  threads_over(warp, tokens, [&](int entry) { head.bias[entry] = to_float(table[entry]); });
-  threads_over(warp, side * side * keys, [&](int i) {
+  threads_over<kWarps>(warp, tokens, [&](int entry) { head.bias[entry] = to_float(table[entry]); });
+  threads_over<kWarps>(warp, side * side * keys, [&](int i) {
     const int tap = i / keys, channel = i % keys, y = tap / side + size / 2 - reach, x = tap % side + size / 2 - reach;
     head.taps[i] = channel < shape.key_dim ? dw[(static_cast<int64_t>(channel) * size + y) * size + x] : from_float<T>(0);
   });
@@ -144,7 +144,7 @@ template <class T>
 VITKERNELS_DEVICE void convolve(int warp, const Shape& shape, const Weights& weights, int index, const Head<T>& head) {
   const int w = shape.window, tokens = shape.tokens(), reach = reach_of(shape, index), side = 2 * reach + 1, pairs = padded(shape.key_dim) / 2;
   const T* bias = static_cast<const T*>(weights.dw_bias);
-  threads_over(warp, shape.rows() * pairs, [&](int i) {
+  threads_over<kWarps>(warp, shape.rows() * pairs, [&](int i) {
     const int token = i / pairs, channel = 2 * (i % pairs), row = row_of(head.places[token]), column = column_of(head.places[token]);
     float x = 0, y = 0;
     if (token < tokens) {

@@ -3,6 +3,7 @@
 
 #include "cascaded_group/cuda_backward.h"
 #include "cascaded_group/cuda_kernels.h"
+#include "common/launch.cuh"
 
 namespace vitkernels::cascaded_group::cuda {
 
@@ -35,28 +36,25 @@ __global__ void __launch_bounds__(kThreads) cascaded_group_attention_bwd_weights
 }
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
-  const int shared = static_cast<int>(args.layout.shared_bytes);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(args);
-  return cudaGetLastError();
+cudaError_t start(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, cudaStream_t stream) {
+  return launch(kernel, args, blocks, kThreads, args.layout.shared_bytes, stream);
 }
 
 template <class T>
 cudaError_t Launch<T>::forward(const ForwardArguments& args, int64_t blocks, cudaStream_t stream) {
   switch (variant_of(args.shape, args.layout.workspace_bytes)) {
-    case Variant::kWindow4: return launch(cascaded_group_attention_fwd_kernel<T, 1, false>, args, blocks, stream);
-    case Variant::kWindow8: return launch(cascaded_group_attention_fwd_kernel<T, 4, false>, args, blocks, stream);
-    default: return launch(cascaded_group_attention_fwd_kernel<T, kMaxRowBlocks, true>, args, blocks, stream);
+    case Variant::kWindow4: return start(cascaded_group_attention_fwd_kernel<T, 1, false>, args, blocks, stream);
+    case Variant::kWindow8: return start(cascaded_group_attention_fwd_kernel<T, 4, false>, args, blocks, stream);
+    default: return start(cascaded_group_attention_fwd_kernel<T, kMaxRowBlocks, true>, args, blocks, stream);
   }
 }
 
 template <class T>
 cudaError_t Launch<T>::backward(const BackwardArguments& args, int64_t blocks, cudaStream_t stream) {
   switch (variant_of(args.shape, args.layout.workspace_bytes)) {
-    case Variant::kWindow4: return launch(cascaded_group_attention_bwd_kernel<T, 1, false>, args, blocks, stream);
-    case Variant::kWindow8: return launch(cascaded_group_attention_bwd_kernel<T, 4, false>, args, blocks, stream);
-    default: return launch(cascaded_group_attention_bwd_kernel<T, kMaxRowBlocks, true>, args, blocks, stream);
+    case Variant::kWindow4: return start(cascaded_group_attention_bwd_kernel<T, 1, false>, args, blocks, stream);
+    case Variant::kWindow8: return start(cascaded_group_attention_bwd_kernel<T, 4, false>, args, blocks, stream);
+    default: return start(cascaded_group_attention_bwd_kernel<T, kMaxRowBlocks, true>, args, blocks, stream);
   }
 }
 

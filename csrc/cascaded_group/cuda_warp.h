@@ -8,14 +8,6 @@ namespace vitkernels::cascaded_group::cuda {
 
 using namespace vitkernels::cuda;
 
-// f(i) for i below count, the threads of the block taking turns.
-template <class F>
-VITKERNELS_DEVICE void threads_over(int warp, int count, F&& f) {
-  each_lane([&](int lane, int) {
-    for (int i = 32 * warp + lane; i < count; i += kThreads) f(i);
-  });
-}
-
 // The thread block at work. A phase is f(warp) on every warp; the next one starts when all have finished.
 struct Block {
   char* shared;

@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define VITKERNELS_HD __host__ __device__ constexpr
-#else
-#define VITKERNELS_HD constexpr
-#endif
+#include "common/host_device.h"
 
 namespace vitkernels::cascaded_group::cuda {
 

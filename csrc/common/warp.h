@@ -161,42 +161,39 @@ VITKERNELS_DEVICE void lanes_over(int count, F&& f) {
   });
 }
 
-#if !defined(__CUDACC__)
+// f(i) for i below count, the threads of a block of kWarps warps taking turns.
+template <int kWarps, class F>
+VITKERNELS_DEVICE void threads_over(int warp, int count, F&& f) {
+  each_lane([&](int lane, int) {
+    for (int i = 32 * warp + lane; i < count; i += 32 * kWarps) f(i);
+  });
+}
+
+// Each lane's values, one for each row it has a part of, joined over the four lanes that share the row.
 template <int count, class F>
-inline void reduce_quads(Lanes<float, count>& v, F&& join) {
+VITKERNELS_DEVICE void join_rows(Lanes<float, count>& v, F&& join) {
+#if defined(__CUDACC__)
+  VITKERNELS_UNROLL
+  for (int i = 0; i < count; ++i) {
+    v[0][i] = join(v[0][i], __shfl_xor_sync(0xffffffffu, v[0][i], 1));
+    v[0][i] = join(v[0][i], __shfl_xor_sync(0xffffffffu, v[0][i], 2));
+  }
+#else
   for (int quad = 0; quad < 32; quad += 4) {
     for (int i = 0; i < count; ++i) {
       const float all = join(join(v[quad][i], v[quad + 1][i]), join(v[quad + 2][i], v[quad + 3][i]));
       for (int lane = quad; lane < quad + 4; ++lane) v[lane][i] = all;
     }
   }
-}
 #endif
-
-// Each lane's values, one for each row it has a part of, become the maximum or the sum over the four lanes that share the row.
+}
 template <int count>
 VITKERNELS_DEVICE void row_max(Lanes<float, count>& v) {
-#if defined(__CUDACC__)
-  VITKERNELS_UNROLL
-  for (int i = 0; i < count; ++i) {
-    v[0][i] = fmaxf(v[0][i], __shfl_xor_sync(0xffffffffu, v[0][i], 1));
-    v[0][i] = fmaxf(v[0][i], __shfl_xor_sync(0xffffffffu, v[0][i], 2));
-  }
-#else
-  reduce_quads(v, [](float a, float b) { return a > b ? a : b; });
-#endif
+  join_rows(v, [](float a, float b) { return fmaxf(a, b); });
 }
 template <int count>
 VITKERNELS_DEVICE void row_sum(Lanes<float, count>& v) {
-#if defined(__CUDACC__)
-  VITKERNELS_UNROLL
-  for (int i = 0; i < count; ++i) {
-    v[0][i] += __shfl_xor_sync(0xffffffffu, v[0][i], 1);
-    v[0][i] += __shfl_xor_sync(0xffffffffu, v[0][i], 2);
-  }
-#else
-  reduce_quads(v, [](float a, float b) { return a + b; });
-#endif
+  join_rows(v, [](float a, float b) { return a + b; });
 }
 
 // --- the product ----------------------------------------------------------------------------------------------------------------------------

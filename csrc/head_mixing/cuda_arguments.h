@@ -4,12 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-
-#if defined(__CUDACC__)
-#define VITKERNELS_HD __host__ __device__ constexpr
-#else
-#define VITKERNELS_HD constexpr
-#endif
+#include "common/host_device.h"
 
 namespace vitkernels::head_mixing::cuda {
 

@@ -46,14 +46,6 @@ struct Team {
     for (int i = 0; i < kWarps; ++i) f(warp_order[i]);
 #endif
   }
-
-  // f(i) for i below count, the threads of the block taking turns.
-  template <class F>
-  VITKERNELS_DEVICE void each(int warp, int count, F&& f) const {
-    each_lane([&](int lane, int) {
-      for (int i = 32 * warp + lane; i < count; i += 32 * kWarps) f(i);
-    });
-  }
 };
 
 // Copies kRows rows from first_row on, 16 kSteps columns from first_column on, of kHeads heads from first_head on; `stride` bytes from row to row.
@@ -230,7 +222,7 @@ VITKERNELS_DEVICE void fold_block(const Team<kLseWarps>& team, const Arguments& 
   double *factor = mix + kMaxHeads * kMaxHeads, *added = factor + kMaxHeads, *largest = added + kMaxHeads;
   const auto or_zero = [&](const double* values, int i) { return values ? values[i] : 0.0; };
   team.phase([&](int warp) {
-    team.each(warp, heads, [&](int g) {
+    threads_over<kLseWarps>(warp, heads, [&](int g) {
       factor[g] = 1, added[g] = or_zero(small.bias, g);
       if (small.norm == Norm::kBatch) {
         factor[g] = (small.weight ? small.weight[g] : 1.0) / sqrt(small.var[g] + small.eps);
@@ -243,7 +235,7 @@ VITKERNELS_DEVICE void fold_block(const Team<kLseWarps>& team, const Arguments& 
     });
   });
   team.phase([&](int warp) {
-    team.each(warp, heads * heads, [&](int i) {
+    threads_over<kLseWarps>(warp, heads * heads, [&](int i) {
       double mean = 0;  // over the output heads, which a layer norm takes off
       if (small.norm == Norm::kLayer) {
         for (int g = 0; g < heads; ++g) mean += small.mix[g * heads + i % heads];
@@ -252,7 +244,7 @@ VITKERNELS_DEVICE void fold_block(const Team<kLseWarps>& team, const Arguments& 
     });
   });
   team.phase([&](int warp) {
-    team.each(warp, heads, [&](int g) {
+    threads_over<kLseWarps>(warp, heads, [&](int g) {
       double most = 0;
       for (int h = 0; h < heads; ++h) most = fmax(most, fabs(mix[g * heads + h]));
       largest[g] = most;
@@ -264,13 +256,13 @@ VITKERNELS_DEVICE void fold_block(const Team<kLseWarps>& team, const Arguments& 
     int exponent = 0;
     if (most > 0 && most < INFINITY) frexp(most, &exponent);
     const double scale = ldexp(1.0, exponent - 1 - map_exponent(a.tokens));
-    team.each(warp, kMaxHeads * kMaxHeads, [&](int i) {
+    threads_over<kLseWarps>(warp, kMaxHeads * kMaxHeads, [&](int i) {
       const int g = i / kMaxHeads, h = i % kMaxHeads;
       const float x = g < heads && h < heads ? static_cast<float>(ldexp(mix[g * heads + h], 1 - exponent)) : 0.0f;
       a.folded->mix[g][h] = from_float<Float16>(x);
       a.folded->rest[g][h] = from_float<Float16>(x - to_float(from_float<Float16>(x)));
     });
-    team.each(warp, kMaxHeads, [&](int g) {
+    threads_over<kLseWarps>(warp, kMaxHeads, [&](int g) {
       const bool there = g < heads, layer = there && small.norm == Norm::kLayer;
       a.folded->start[g] = there ? static_cast<float>(added[g] / scale) : 0.0f;
       a.folded->weight[g] = layer && small.weight ? static_cast<float>(small.weight[g]) : 1.0f;
@@ -324,10 +316,10 @@ struct RowsBlock {
     team.phase([&](int warp) {
       copy_rows<Plan::kSteps, Plan::kQueries, Plan::kHeads, Plan::kWarps>(warp, at(Plan::kQ), Plan::kRow, a.q, sample, 0, a.heads, start, a.tokens, 0);
       copy_keys(warp, Plan::kK, a.k, 0, 0);
-      team.each(warp, static_cast<int>(sizeof(Folded) / 16), [&](int i) {
+      threads_over<Plan::kWarps>(warp, static_cast<int>(sizeof(Folded) / 16), [&](int i) {
         start_copy(at(Plan::kFolded + 16 * i), reinterpret_cast<const char*>(a.folded) + 16 * i, true);
       });
-      team.each(warp, Plan::kHeads * Plan::kQueries, [&](int i) {
+      threads_over<Plan::kWarps>(warp, Plan::kHeads * Plan::kQueries, [&](int i) {
         // The two rows that a lane has a part of, r and r + 8, side by side.
         const int h = i / Plan::kQueries, within = i % 16, row = start + i % Plan::kQueries / 16 * 16 + within / 2 + within % 2 * 8;
         const bool there = h < a.heads && row < a.tokens;

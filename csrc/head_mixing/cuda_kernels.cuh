@@ -1,6 +1,7 @@
 // The __global__ functions of Re-Attention and their launches, for one element type.
 #pragma once
 
+#include "common/launch.cuh"
 #include "head_mixing/cuda_forward.h"
 #include "head_mixing/cuda_kernels.h"
 
@@ -18,13 +19,6 @@ template <class T, int kHeads, int kSteps, int kRowGroups>
 __global__ void __launch_bounds__(32 * kRowGroups * kKeyGroups, 1) re_attention_rows_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(16) char shared[];
   rows_block<T, Plan<kHeads, kSteps, kRowGroups>>({shared, blockIdx.x}, args);
-}
-
-inline cudaError_t launch(void (*kernel)(Arguments), const Arguments& args, int64_t blocks, int threads, int shared, cudaStream_t stream) {
-  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args);
-  return cudaGetLastError();
 }
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
