@@ -48,14 +48,18 @@ class Proof:
     @property
     def slower(self) -> list[str]:
         """The calls where something else is faster even at the 80th percentile."""
-        return [", ".join(call) for call, (_, _, p80) in self.speedups.items() if p80 < 1]
+        return [", ".join(call) for call in self._lost]
+
+    @property
+    def _lost(self) -> list[tuple[str, str, str]]:
+        return [call for call, (_, _, p80) in self.speedups.items() if p80 < 1]
 
     @property
     def earned(self) -> list[proof.Measured]:
         """In what ``auto`` may take the kernel: it was checked and is right, and in that dtype and mode it was timed and nowhere slower."""
         if not self.checked or self.wrong:
             return []
-        lost = {call[1:] for call, (_, _, p80) in self.speedups.items() if p80 < 1}
+        lost = {call[1:] for call in self._lost}
         return [measured for measured in dict.fromkeys(call[1:] for call in self.speedups) if measured not in lost]
 
 

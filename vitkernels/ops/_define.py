@@ -84,21 +84,26 @@ def define_for_inference(name: str, *, schema: str, fake: Callable[..., Any], in
 
 def implement_in_triton(family: str, *names: str, without_gradient: tuple[str, ...] = ()) -> None:
     """Take ``<name>`` and ``<name>_backward`` of each op from ``vitkernels/ops/<family>/triton.py``, where the triton package is installed."""
-    if not native.has_module("triton"):
-        return
-    kernels = importlib.import_module(f"vitkernels.ops.{family}.triton")
-    for op in (*without_gradient, *(op for name in names for op in (name, f"{name}_backward"))):
-        TRITON.impl(op, getattr(kernels, op), "CompositeExplicitAutograd")
+    _implement(TRITON, "CompositeExplicitAutograd", f"{family}.triton", *without_gradient, *_both(names))
 
 
 def implement_on_gpu(family: str, *names: str) -> None:
-    """Take the compiled ops of these names on a GPU from ``vitkernels/ops/<family>/cuda.py``, whose functions call the CUDA library's own ops."""
+    """Take the compiled ``<name>`` and ``<name>_backward`` of each op on a GPU from ``vitkernels/ops/<family>/cuda.py``, which calls the CUDA
+    library's ops and, for what these have not, Triton's kernels.
+    """
+    _implement(COMPILED, "CUDA", f"{family}.cuda", *_both(names))
 
-    def run(name: str, *args: Any) -> Any:
-        return getattr(importlib.import_module(f"vitkernels.ops.{family}.cuda"), name)(*args)
 
+def _both(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(op for name in names for op in (name, f"{name}_backward"))
+
+
+def _implement(library: torch.library.Library, key: str, module: str, *names: str) -> None:
+    if not native.has_module("triton"):
+        return
+    kernels = importlib.import_module(f"vitkernels.ops.{module}")
     for name in names:
-        COMPILED.impl(name, functools.partial(run, name), "CUDA")
+        library.impl(name, getattr(kernels, name), key)
 
 
 def _no_double_backward(name: str) -> Callable[..., Any]:

@@ -42,16 +42,12 @@ def re_attention(
         return triton.re_attention(q, k, v, *small, mean, var, live, eps, scale, dropout_p, seed)
     library = torch.ops.vitkernels
     rows = tuple(map(_whole, (q, k, v)))
-    lse = None
-    if live:
-        lse = library.re_attention_lse(rows[0], rows[1], scale)
-        mean, var = triton.statistics(q, k, v, lse, mix_weight, mix_bias, scale)
+    lse = library.re_attention_lse(rows[0], rows[1], scale) if live else None
+    batch = None if lse is None else triton.statistics(q, k, v, lse, mix_weight, mix_bias, scale)
+    mean, var = batch or (mean, var)
     dense = (t.contiguous() if isinstance(t, Tensor) else t for t in (*small, mean, var))
     out, lse = library.re_attention_rows(*rows, lse, *dense, eps, scale, value_dim)
-    out = out.transpose(1, 2)
-    if live and mean is not None and var is not None:
-        return out, lse, mean, var
-    return out, lse, mix_weight.new_empty((0,)), mix_weight.new_empty((0,))
+    return out.transpose(1, 2), lse, *triton.results_of(batch, mix_weight)
 
 
 @functools.cache
@@ -63,7 +59,7 @@ def _fits(device: torch.device, heads: int, dim: int, value_dim: int) -> bool:
 
 def _whole(x: Tensor) -> Tensor:
     """[B, H, N, D] with rows of whole 16 bytes that begin at multiples of 16 bytes, padded with zeros; where it is so, itself."""
-    if x.shape[3] % 8 == 0 and x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0:
+    if triton.in_steps(x, 8, 8) and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros((*x.shape[:3], -(-x.shape[3] // 8) * 8))
     padded[..., : x.shape[3]] = x

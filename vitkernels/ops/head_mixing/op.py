@@ -245,4 +245,4 @@ _define.COMPILED.define(
 )
 _define.COMPILED.define("re_attention_lse(Tensor q, Tensor k, float scale) -> Tensor")
 _define.COMPILED.define("re_attention_shared_memory(int heads, int dim, int value_dim) -> int")
-_define.implement_on_gpu("head_mixing", "re_attention", "re_attention_backward")
+_define.implement_on_gpu("head_mixing", "re_attention")

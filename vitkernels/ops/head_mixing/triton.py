@@ -860,11 +860,12 @@ def _padded(step: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     Loads are of 16 bytes then; rows of 33 elements would be read one by one, and the addresses alone would fill the registers. Tensors that are so,
     as slices of a projection to heads of 32, 64 or 128 are, stay where they are.
     """
+    return tuple(x if in_steps(x, step, 16) else F.pad(x, (0, -x.shape[3] % step)).contiguous() for x in tensors)
 
-    def fits(x: Tensor) -> bool:
-        return x.shape[3] % step == 0 and x.stride(3) == 1 and all(stride % 16 == 0 for stride in x.stride()[:3])
 
-    return tuple(x if fits(x) else F.pad(x, (0, -x.shape[3] % step)).contiguous() for x in tensors)
+def in_steps(x: Tensor, step: int, multiple: int) -> bool:
+    """Whether the rows of [B, H, N, D] are whole steps, and begin that many elements apart or a multiple of it."""
+    return x.shape[3] % step == 0 and x.stride(3) == 1 and all(stride % multiple == 0 for stride in x.stride()[:3])
 
 
 def _column_sums(x: Tensor) -> Tensor:
@@ -948,8 +949,8 @@ def re_attention(
             **{name: c.constants[name] for name in ("D", "WIDE", "PRECISION", "INTERPRET")},
             **tile.options,
         )
-        if live:
-            mean, var = _statistics(c, rows, seed, lse, mix_weight, mix_bias)
+        batch = _statistics(c, rows, seed, lse, mix_weight, mix_bias) if live else None
+        mean, var = batch or (mean, var)
         folded = _Folded.of(mix_weight, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, c.centre)
         tile = row_tile(c.heads, c.step, c.value_dim)
         shared.launch(
@@ -959,9 +960,12 @@ def re_attention(
             **c.constants,
             **tile.options,
         )
-    if live and mean is not None and var is not None:
-        return out, lse, mean, var
-    return out, lse, mix_weight.new_empty((0,)), mix_weight.new_empty((0,))
+    return out, lse, *results_of(batch, mix_weight)
+
+
+def results_of(batch: tuple[Tensor, Tensor] | None, mix_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics of a live norm as the schema has them: two empty ones where it is not live."""
+    return batch or (mix_weight.new_empty((0,)), mix_weight.new_empty((0,)))
 
 
 def statistics(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mix_weight: Tensor, mix_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
