@@ -111,8 +111,6 @@ class OpSpec:
         saved_bytes: upper bound on bytes saved for backward beyond the call's own input tensors.
         working_activations: upper bounds on the forward's and the backward's working memory, in sizes of the largest activation.
         gpu_working_activations: the same of the GPU kernels, where they need more.
-        known_inexact: kernels that break the accuracy rule and are not mended yet, as (backend, dtype, name of the sample): expected failures in the
-            interpreter, which have to go once they are mended. The README names them, and `vitkernels verify` judges a GPU without them.
         tiles_span_images: backends whose tiles hold rows of several images, so that a NaN in v reaches an image beside its own (0 * NaN), as it does
             under a dense mask.
         schema: the op of ``torch.ops.vitkernels`` underneath; by default, the one of that name.
@@ -139,7 +137,6 @@ class OpSpec:
     otherwise: tuple[str, ...] = ()
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     kept_by_autocast: tuple[str, ...] = ()
-    known_inexact: tuple[tuple[str, torch.dtype, str], ...] = ()
     tiles_span_images: tuple[str, ...] = ()
     schema: str = ""
     differentiable: bool = True

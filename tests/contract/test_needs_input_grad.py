@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .oracle import RecordOps, Target, as_tuple, cotangents, differentiable, gradients, mapped
+from .oracle import RecordOps, Target, as_tuple, assert_obeys_the_rule, cotangents, differentiable, gradients, mapped
 
 pytestmark = pytest.mark.fused
 
@@ -25,7 +25,10 @@ def test_each_input_alone(target: Target, poison: None) -> None:
             outputs = as_tuple(target(*alone.args, **alone.kwargs))
             torch.autograd.backward(*differentiable(outputs, grads_out))
             assert [t.grad is not None for t in leaves] == [t.requires_grad for t in leaves], f"{sample.name}: a frozen input got a gradient"
-            torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0)
+            if target.device == "cuda":  # without the other gradients it is another kernel, whose compiler fuses other multiplications with additions
+                assert_obeys_the_rule(target, alone, grads_out)
+            else:
+                torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0)
 
 
 def test_nothing_to_differentiate_records_nothing(target: Target) -> None:

@@ -122,6 +122,9 @@ def test_auto_hands_over_on_an_unproved_gpu_and_says_so(monkeypatch: pytest.Monk
     monkeypatch.setitem(backends._support, "attention", replace(backends._support["attention"], torch=rule))
     out = ops.attention(q, k, v, scale=0.3)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True), rtol=0, atol=0)
+    for bias in (torch.randn(9, 7), torch.rand(4, 9, 7) > 0.2):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+        torch.testing.assert_close(ops.attention(q, k, v, bias=bias), expected)
     explanation = vitkernels.explain(ops.attention, q, k, v)
     assert explanation.chosen == backends.TORCH
     assert "-> torch" in str(explanation) and "for a test" in str(explanation)
@@ -135,7 +138,7 @@ def test_auto_hands_over_on_an_unproved_gpu_and_says_so(monkeypatch: pytest.Monk
     assert not called
 
 
-def test_what_is_handed_over() -> None:
+def test_what_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, and of what PyTorch has a fused kernel for."""
 
     class OnGpu:
@@ -145,7 +148,14 @@ def test_what_is_handed_over() -> None:
     assert "PyTorch" in (op._for_torch("reference", q, q, q) or "")
     assert op._for_torch("triton", q, q, q) is None
     assert op._for_torch("reference", q, q, q, return_lse=True) is None
-    assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is None
+    assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is None, "PyTorch would round it"
+    assert "PyTorch" in (op._for_torch("reference", q, q, q, bias=torch.ones(9, 9, dtype=torch.bfloat16)) or "")
+    assert "PyTorch" in (op._for_torch("reference", q, q, q, bias=torch.ones(9, 9, dtype=torch.bool)) or "")
+    with monkeypatch.context() as autocast:
+        autocast.setattr(OnGpu, "dtype", torch.float32)
+        assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is not None
+        autocast.setattr(op._define, "autocast_of", lambda tensor: torch.bfloat16)
+        assert op._for_torch("reference", q, q, q, bias=torch.ones(9, 9)) is None
     assert op._for_torch("reference", torch.ones(2, 4, 9, 16), q, q) is None
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.ops import _triton as shared
-from vitkernels.ops._triton import LOG2E, Tile, cast, dot, power, relu, wide
+from vitkernels.ops._triton import LOG2E, Tile, add_product, cast, dot, power, relu, wide
 
 # --- pieces of kernels -------------------------------------------------------------------------------------------------------------
 
@@ -601,7 +601,7 @@ def cascaded_group_attention_bwd_qkv_weight_kernel(
             b_f = cast(b_f.to(tl.float32) + b_last.to(tl.float32), cat.dtype.element_ty, INTERPRET)
         o_g = (o_row * HEADS + i_h)[:, None] * R + o_o[None, :]
         b_g = tl.load(grad_qkv + o_g, mask=m_row[:, None] & m_o[None, :], other=0.0)  # [BLOCK_T, BLOCK_O]
-        b_weight = dot(tl.trans(b_g), b_f, b_weight, PRECISION, INTERPRET)
+        b_weight = add_product(tl.trans(b_g), b_f, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=0)
     o_part = (i_s.to(tl.int64) * HEADS + i_h) * R + o_o
     tl.store(part_weight + o_part[:, None] * SPLIT + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
@@ -656,7 +656,7 @@ def cascaded_group_attention_bwd_proj_weight_kernel(
         b_g = _load_map(g_pixel, o_o, m_pixel & m_row, m_o, stride_gc, CHANNELS_LAST, WIDE)  # [BLOCK_T, BLOCK_O]
         b_cat = tl.load(cat + o_row[:, None] * E + o_i[None, :], mask=m_row[:, None] & m_i[None, :], other=0.0)  # [BLOCK_T, BLOCK_I]
         b_cat = cast(relu(b_cat.to(tl.float32)), cat.dtype.element_ty, INTERPRET)
-        b_weight = dot(tl.trans(b_g), b_cat, b_weight, PRECISION, INTERPRET)
+        b_weight = add_product(tl.trans(b_g), b_cat, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=0)
     o_part = i_s.to(tl.int64) * channels + o_o
     tl.store(part_weight + o_part[:, None] * E + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
@@ -955,7 +955,8 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(weight, bias) gradients in parts, [splits, groups * rows * columns] and [splits, groups * rows], of ``sizes`` (groups, rows, columns)."""
     groups, outputs, columns = sizes
-    tile = gemm_tile(outputs, columns, c.rows, map_.dtype)
+    # Of exact fp32's operands and its two sums (see add_product) 32 tokens take more than the registers there are.
+    tile = gemm_tile(outputs, columns, 16 if map_.dtype is torch.float32 else c.rows, map_.dtype)
     tiles = shared.cdiv(c.rows, tile.blocks["BLOCK_T"])
     blocks = groups * shared.cdiv(outputs, tile.blocks["BLOCK_O"]) * shared.cdiv(columns, tile.blocks["BLOCK_I"])
     splits, split_tiles = shared.splits(blocks, tiles, 2 * c.wanted, least=4)

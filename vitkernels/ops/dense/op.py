@@ -34,11 +34,14 @@ def _for_torch(
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
     On a GPU where the alternative is the definition, which forms the logits; on a CPU in float32 training, where the logits are so few that autograd
-    in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here.
+    in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here, and so
+    does a bias in more digits than q has, which PyTorch's would round.
     """
     if chosen == "native" and not torch.is_grad_enabled():  # asked first: inference on few tokens is where this rule's own time counts
         return None
-    if return_lse or bias is not None or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
+    if return_lse or key_padding is not None or k.shape[3] != v.shape[3] or q.dtype is torch.float64:
+        return None
+    if bias is not None and (chosen == "native" or bias.dtype not in (_define.autocast_of(q) or q.dtype, torch.bool)):
         return None
     if chosen == "native":
         if torch.compiler.is_compiling() or q.dtype is not torch.float32 or dropout_p > 0:
@@ -141,6 +144,8 @@ def run(
     chosen = backends.select(op, q, for_torch)
     if chosen == backends.TORCH:
         grouped = q.shape[1] != k.shape[1]
+        if bias is not None:
+            bias = bias.to(q.dtype)  # as it came
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if chosen == "reference":
         return reference.attention(

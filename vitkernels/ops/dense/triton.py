@@ -6,7 +6,6 @@ projection, and copied elsewhere. Padding goes into the bias. Shared keys are co
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -136,13 +135,27 @@ def _table(bias: Tensor | None, key_padding: Tensor | None, q: Tensor, k: Tensor
 
 def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
     """Cumulative lengths of the queries and the keys, no number of keys in use, and the work list."""
+    key = (q.shape[0], q.shape[2], k.shape[2], q.device)
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _even.__wrapped__ if capturing else _even  # what is made while a graph is captured is memory of that graph
-    cu_q, cu_k, work = make(q.shape[0], q.shape[2], k.shape[2], q.device)
+    found = _made.get(key)
+    if found is None:
+        found = _even(*key)
+        if not capturing:  # what is made while a graph is captured is memory of that graph
+            while len(_made) >= _MOST_MADE:
+                del _made[next(iter(_made))]
+            _made[key] = found
+    elif capturing:  # the graph reads it whenever it is replayed
+        _captured[key] = _made[key] = _captured.get(key, found)
+    cu_q, cu_k, work = _made.get(key, found)
     return cu_q, cu_k, None, work
 
 
-@functools.lru_cache(maxsize=64)
-def _even(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+_Places = tuple[Tensor, Tensor, Tensor]
+_made: dict[tuple[int, int, int, torch.device], _Places] = {}
+_captured: dict[tuple[int, int, int, torch.device], _Places] = {}
+_MOST_MADE = 64
+
+
+def _even(batch: int, queries: int, keys: int, device: torch.device) -> _Places:
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=device) * n for n in (queries, keys))
     return cu_q, cu_k, layout.work_list(cu_q, cu_k, None, batch * queries, batch * keys)

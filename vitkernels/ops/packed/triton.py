@@ -102,6 +102,17 @@ def _moments(b_x, m_d, eps, D: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
+def _mean_and_factor(b_x, m_d, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """The first two of :func:`_moments` for rows that are read as they are: a row of zeros has the factor 0."""
+    b_mean = tl.zeros([b_x.shape[0]], dtype=tl.float32)
+    b_factor = b_mean
+    if NORM > 0:
+        b_mean, b_factor, b_size = _moments(b_x, m_d, eps, D, NORM)
+        b_factor = tl.where(b_size > 0, b_factor, 0.0)
+    return b_mean, b_factor
+
+
+@triton.jit
 def _folded(b_x, m_row, weight, bias, other_weight, other_bias, o_d, m_d, eps, D: tl.constexpr, NORM: tl.constexpr, INTERPRET: tl.constexpr):
     """Rows of one side of the scores, so folded with their norm that the other side is read as it is.
 
@@ -145,13 +156,10 @@ def _scores(
 ):
     """[own rows, other rows] of scores from :func:`_folded` rows and others as they are; and the others' means and factors, 0 for a row of zeros."""
     b_s = dot(b_own, tl.trans(b_other), tl.zeros([b_own.shape[0], b_other.shape[0]], dtype=tl.float32), PRECISION, INTERPRET)
-    b_mean = tl.zeros([b_other.shape[0]], dtype=tl.float32)
-    b_factor = b_mean
+    b_mean, b_factor = _mean_and_factor(b_other, m_d, eps, D, NORM)
+    if NORM == 3:
+        b_s -= b_sum[:, None] * b_mean[None, :]
     if NORM > 0:
-        b_mean, b_factor, b_size = _moments(b_other, m_d, eps, D, NORM)
-        b_factor = tl.where(b_size > 0, b_factor, 0.0)
-        if NORM == 3:
-            b_s -= b_sum[:, None] * b_mean[None, :]
         b_s = b_s * b_factor[None, :] + b_offset[:, None]
     return b_s * scale, b_mean, b_factor
 
@@ -234,6 +242,17 @@ def _kept_transposed(seed, start_q, o_k, i_h, limit, BLOCK_M: tl.constexpr, BLOC
     """[BLOCK_N, BLOCK_M]: the same, a key a row."""
     b_bits = _philox(seed, (start_q // 4 + tl.arange(0, BLOCK_M // 4))[None, :], o_k[:, None], i_h, limit)  # [BLOCK_N, BLOCK_M / 4]
     return tl.reshape((b_bits[:, :, None] >> tl.arange(0, 4)[None, None, :]) & 1, [BLOCK_N, BLOCK_M]) != 0
+
+
+@triton.jit
+def _scaled_values(b_v, keep_scale):
+    """Values as dropout scales the weights that it keeps, and what remains of that scale for their products.
+
+    In fp32 the values take all of it: so does the output, of which delta is made, and where a query sees one key both round alike.
+    """
+    if b_v.dtype == tl.float32:
+        return b_v * keep_scale, 1.0
+    return b_v, keep_scale
 
 
 @triton.jit
@@ -522,9 +541,11 @@ def varlen_attention_bwd_query_kernel(
                 b_s = tl.where(m_mn, b_s, float("-inf"))
             b_p = tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
             b_v = _load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+            if seed is not None:
+                b_v, rest_scale = _scaled_values(b_v, keep_scale)
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
             if seed is not None:
-                b_dp = tl.where(_kept(seed, start_m, o_n, i_h, drop_limit, BLOCK_M, BLOCK_N), b_dp * keep_scale, 0.0)
+                b_dp = tl.where(_kept(seed, start_m, o_n, i_h, drop_limit, BLOCK_M, BLOCK_N), b_dp * rest_scale, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq, b_means, b_sums = _add_products(b_dq, b_means, b_sums, b_ds, b_k, b_mean, b_factor, NORM, PRECISION, INTERPRET)
 
@@ -601,6 +622,9 @@ def varlen_attention_bwd_key_kernel(
     INTERPRET: tl.constexpr,
 ):
     """Gradients of BLOCK_N keys and values of one head, from all heads of its group. Scores are transposed here: a key a row."""
+    # In fp32 the norm is folded into the queries, as in the forward: folded into the keys, which is done once for all of them, scores would differ from
+    # those of the logsumexp by their rounding, and a score of 60 by that of twenty steps of every weight.
+    SAME: tl.constexpr = NORM > 0 and k.dtype.element_ty == tl.float32
     q_ranges = work + 2 * total_q.to(tl.int64)
     order = q_ranges + 2 * total_k.to(tl.int64) + tl.cdiv(total_q, TILE)
     start_n, i_hk = _place(order, heads // group, BLOCK_N)
@@ -624,6 +648,8 @@ def varlen_attention_bwd_key_kernel(
     k += i_hk.to(tl.int64) * stride_kh
     b_x = _load_rows(k, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
     b_v = _load_rows(v + i_hk.to(tl.int64) * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+    if seed is not None:
+        b_v, rest_scale = _scaled_values(b_v, keep_scale)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     for i_g in tl.range(group, disable_licm=True):
@@ -636,7 +662,8 @@ def varlen_attention_bwd_key_kernel(
             q_weight_head = q_weight + i_h * stride_qw
         if q_bias is not None:
             q_bias_head = q_bias + i_h * stride_qb
-        b_k, b_k_sum, b_k_offset = _folded(b_x, m_n, k_weight, k_bias, q_weight_head, q_bias_head, o_d, m_d, norm_eps, D, NORM, INTERPRET)
+        if not SAME:
+            b_k, b_k_sum, b_k_offset = _folded(b_x, m_n, k_weight, k_bias, q_weight_head, q_bias_head, o_d, m_d, norm_eps, D, NORM, INTERPRET)
         b_grad = b_dk
         b_means = tl.zeros([BLOCK_N], dtype=tl.float32)
         b_sums = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -647,7 +674,15 @@ def varlen_attention_bwd_key_kernel(
                 o_m = m + tl.arange(0, BLOCK_M)
                 m_m = _in_use(work, o_m, last, GAPS and EDGE)
                 b_q = _load_rows(q_head, m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
-                b_s, b_mean, b_factor = _scores(b_k, b_k_sum, b_k_offset, b_q, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
+                if SAME:
+                    b_own, b_q_sum, b_q_offset = _folded(
+                        b_q, m_m, q_weight_head, q_bias_head, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET
+                    )
+                    b_s, _, _ = _scores(b_own, b_q_sum, b_q_offset, b_x, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
+                    b_s = tl.trans(b_s)
+                    b_mean, b_factor = _mean_and_factor(b_q, m_d, norm_eps, D, NORM)
+                else:
+                    b_s, b_mean, b_factor = _scores(b_k, b_k_sum, b_k_offset, b_q, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
                 if EDGE:
                     m_nm = m_seen[:, None] & (o_m[None, :] >= b_begin[:, None]) & (o_m[None, :] < b_end[:, None])
                     if bias is not None:
@@ -665,7 +700,7 @@ def varlen_attention_bwd_key_kernel(
                 if NEED_K:
                     b_dp = dot(b_v, tl.trans(b_g), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION, INTERPRET)
                     if seed is not None:
-                        b_dp = tl.where(m_kept, b_dp * keep_scale, 0.0)
+                        b_dp = tl.where(m_kept, b_dp * rest_scale, 0.0)
                     b_ds = b_p * (b_dp - tl.load(delta + i_h * total_q + o_m, mask=m_m, other=0.0)[None, :])
                     b_grad, b_means, b_sums = _add_products(b_grad, b_means, b_sums, b_ds, b_q, b_mean, b_factor, NORM, PRECISION, INTERPRET)
         if NORM > 0:
@@ -796,11 +831,13 @@ def varlen_attention_bwd_bias_kernel(
             b_p = tl.where(m_n[None, :], tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E), 0.0)  # [BLOCK_M, BLOCK_N]
             b_g = _load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
             b_v = _load_rows(v + i_hk * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+            if seed is not None:
+                b_v, rest_scale = _scaled_values(b_v, keep_scale)
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
             if seed is not None:
                 o_row = q_begin + o_m
                 b_bits = _philox(seed, (o_row // 4)[:, None], (k_begin + o_n)[None, :], i_h.to(tl.int32), drop_limit)
-                b_dp = tl.where((b_bits >> (o_row % 4)[:, None]) & 1 != 0, b_dp * keep_scale, 0.0)
+                b_dp = tl.where((b_bits >> (o_row % 4)[:, None]) & 1 != 0, b_dp * rest_scale, 0.0)
             b_delta = tl.load(delta + i_h * total_q + q_begin + o_m, mask=m_m, other=0.0)
             b_sum += b_p * (b_dp - b_delta[:, None])
     o_part = (i.to(tl.int64) * longest_q + o_m[:, None]) * longest_k + o_n[None, :]
@@ -827,7 +864,7 @@ def query_tile(dim: int, dtype: torch.dtype, *, norm: bool, extras: bool) -> Til
 def key_tile(dim: int, dtype: torch.dtype, *, norm: bool, extras: bool) -> Tile:
     """The backward over key tiles, with a second accumulator, too."""
     if dtype is torch.float32:
-        return _tile(16, 32 if dim <= 64 else 16, 8, registers=255)
+        return _tile(16, 32 if dim <= 64 and not norm else 16, 8, registers=255)
     if extras:
         return _tile(32 if dim <= 64 else 16, 32, 8, num_stages=1)
     return _tile(32, 32 if norm or dim > 128 else 64, 4 if dim <= 64 else 8)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.ops import _triton as shared
-from vitkernels.ops._triton import LOG2E, Tile, cast, dot, power, relu, wide
+from vitkernels.ops._triton import LOG2E, Tile, add_product, cast, dot, power, relu, wide
 
 # --- pieces of kernels -------------------------------------------------------------------------------------------------------------
 
@@ -563,7 +563,7 @@ def separable_self_attention_bwd_weight_kernel(
         o_x = i_b * stride_xb + _offset(o_t, width, stride_xh, stride_xw, FLAT_X, WIDE)
         b_g = tl.load(g_channel[:, None] + o_g[None, :], mask=m_o[:, None] & m_t[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         b_x = tl.load(x_channel[None, :] + o_x[:, None], mask=m_i[None, :] & m_t[:, None], other=0.0)  # [BLOCK_T, BLOCK_I]
-        b_weight = dot(b_g, b_x, b_weight, PRECISION, INTERPRET)
+        b_weight = add_product(b_g, b_x, b_weight, PRECISION, INTERPRET)
         b_bias += tl.sum(b_g.to(tl.float32), axis=1)
     o_part = i_s.to(tl.int64) * D + o_o
     tl.store(part_weight + o_part[:, None] * D + o_i[None, :], b_weight, mask=m_o[:, None] & m_i[None, :])
