@@ -49,8 +49,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def add_product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``acc + a @ b`` for a long sum over tiles. In fp32 the tile's product is a sum of its own: exact products are added one at a time, and thousands
-    in a row round as a random walk, three times as far off as a sum of sums. (Triton would make ``acc + dot(a, b)`` that one long sum again.)
+    """``acc + a @ b``, a tile of a long sum.
+
+    In fp32 the tile's product is a sum of its own: exact products are added one at a time, and thousands in a row round as a random walk, three times
+    as far off as a sum of sums. (``acc + dot(a, b)`` Triton would make that one long sum again.)
     """
     if a.dtype == tl.float32:
         return acc - dot(-a, b, tl.zeros(acc.shape, dtype=tl.float32), PRECISION, INTERPRET)
