@@ -34,8 +34,8 @@ def _for_torch(
     """Why ``auto`` hands a call to ``F.scaled_dot_product_attention``, or None.
 
     On a GPU where the alternative is the definition, which forms the logits; on a CPU in float32 training, where the logits are so few that autograd
-    in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays here, and
-    so does a bias in more digits than q has, which PyTorch's would round.
+    in Python costs more than the kernels (benchmarks/sweep_attention.py: one image of 16 tokens). What PyTorch has no fused kernel for stays, and so
+    does a bias in more digits than q has, which PyTorch's would round.
     """
     if chosen == "native" and not torch.is_grad_enabled():  # asked first: inference on few tokens is where this rule's own time counts
         return None

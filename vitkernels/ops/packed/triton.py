@@ -622,8 +622,8 @@ def varlen_attention_bwd_key_kernel(
     INTERPRET: tl.constexpr,
 ):
     """Gradients of BLOCK_N keys and values of one head, from all heads of its group. Scores are transposed here: a key a row."""
-    # In fp32 the norm is folded into the queries, as in the forward: folded into the keys, which is done once for all queries, scores would differ from
-    # those of the logsumexp by their rounding, and a score of 60 rounds by twenty steps of its weight.
+    # In fp32 the norm is folded into the queries, as in the forward: folded into the keys, which is done once for all, scores would differ from those
+    # of the logsumexp by their rounding, and a score of 60 rounds by twenty steps of its weight.
     SAME: tl.constexpr = NORM > 0 and k.dtype.element_ty == tl.float32
     q_ranges = work + 2 * total_q.to(tl.int64)
     order = q_ranges + 2 * total_k.to(tl.int64) + tl.cdiv(total_q, TILE)
