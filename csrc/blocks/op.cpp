@@ -101,7 +101,7 @@ class Reader {
     const int64_t channels = x_.size(1);
     Block b{};
     b.heads = next(1, kMost), b.dim = next(1, kMost), b.hidden = next(1, kMost);
-    const int64_t activation = next(0, 3);
+    const int64_t activation = next(0, bottleneck::kLastActivation);
     b.normed = next(0, 1), b.mixed = next(0, 1);
     const bool out_norm = next(0, 1);
     const double* scales = doubles(6);

@@ -26,6 +26,8 @@ inline Vec<T> activate(Vec<T> v, Activation activation) {
     case Activation::kRelu: return relu(v);
     case Activation::kSilu: return silu<T>(v);
     case Activation::kGelu: return gelu(v);
+    case Activation::kGeluTanh: return gelu_tanh<T>(v);
+    case Activation::kQuickGelu: return quick_gelu<T>(v);
   }
   return v;
 }
@@ -41,6 +43,8 @@ void activate_pixels(T* values, int64_t count, int64_t stride, Activation activa
     case Activation::kRelu: return each([](Vec<T> v) { return relu(v); });
     case Activation::kSilu: return each([](Vec<T> v) { return silu<T>(v); });
     case Activation::kGelu: return each([](Vec<T> v) { return gelu(v); });
+    case Activation::kGeluTanh: return each([](Vec<T> v) { return gelu_tanh<T>(v); });
+    case Activation::kQuickGelu: return each([](Vec<T> v) { return quick_gelu<T>(v); });
   }
 }
 

@@ -7,7 +7,8 @@
 
 namespace vitkernels::bottleneck {
 
-enum class Activation : int64_t { kNone, kRelu, kSilu, kGelu };
+enum class Activation : int64_t { kNone, kRelu, kSilu, kGelu, kGeluTanh, kQuickGelu };
+constexpr int64_t kLastActivation = static_cast<int64_t>(Activation::kQuickGelu);
 // Of what a norm takes its mean and variance: the channels of a token (LayerNorm), or everything of a sample (GroupNorm with one group).
 enum class Norm : int64_t { kNone, kToken, kSample };
 

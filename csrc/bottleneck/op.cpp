@@ -55,7 +55,7 @@ Tensor inverted_bottleneck(
     int64_t stride, int64_t padding, int64_t activation, int64_t out_activation) {
   STD_TORCH_CHECK(x.dim() == 4 && channels_last(x), "vitkernels::inverted_bottleneck: x must be [B, C, H, W] in channels_last memory");
   STD_TORCH_CHECK(
-      norm >= 0 && norm <= 2 && activation >= 0 && activation <= 3 && out_activation >= 0 && out_activation <= 3,
+      norm >= 0 && norm <= 2 && activation >= 0 && activation <= bottleneck::kLastActivation && out_activation >= 0 && out_activation <= bottleneck::kLastActivation,
       "vitkernels::inverted_bottleneck: there is no such norm or activation");
   const ScalarType type = accumulation_type(x);
   bottleneck::Bottleneck a{};

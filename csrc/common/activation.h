@@ -6,11 +6,28 @@
 namespace vitkernels {
 namespace VITKERNELS_ISA {
 
-// v / (1 + e^-v). Where v is so small that e^-v would overflow, the quotient is as good as 0 beside any other value.
+// v / (1 + e^-u). Where u is so small that e^-u would overflow, the quotient is as good as 0 beside any other value.
+template <class T>
+inline Vec<T> times_sigmoid(Vec<T> v, Vec<T> u) {
+  constexpr T least = std::is_same_v<T, float> ? -80 : -700;
+  return v / (exp_nonpositive(-max_vec(broadcast(least), u)) + T(1));
+}
+
 template <class T>
 inline Vec<T> silu(Vec<T> v) {
-  constexpr T least = std::is_same_v<T, float> ? -80 : -700;
-  return v / (exp_nonpositive(-max_vec(broadcast(least), v)) + T(1));
+  return times_sigmoid<T>(v, v);
+}
+
+// CLIP's approximation of GELU.
+template <class T>
+inline Vec<T> quick_gelu(Vec<T> v) {
+  return times_sigmoid<T>(v, v * T(1.702));
+}
+
+// SigLIP's: v (1 + tanh(u)) / 2 = v / (1 + e^-2u), with u = sqrt(2 / pi) (v + 0.044715 v^3).
+template <class T>
+inline Vec<T> gelu_tanh(Vec<T> v) {
+  return times_sigmoid<T>(v, v * (v * v * T(0.044715) + T(1)) * T(1.59576912160573071176));
 }
 
 // v * Phi(v), exact (not the tanh approximation). With h = Phi(-|v|) = e^(-v^2 / 2) R(t), t = 1 / (1 + 0.3 |v|), nothing cancels in the tail, as it does in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,10 @@ pytestmark = [
     pytest.mark.skipif(backends.why_not("inverted_bottleneck", "native", torch.device("cpu"), torch.float32) is not None, reason="no native kernels"),
 ]
 DIM = 40
+
+
+def layer(name: str) -> Any:
+    return getattr(importlib.import_module("timm.layers"), name)
 
 
 def timm_block(**options: Any) -> nn.Module:
@@ -51,6 +56,8 @@ def transformers(name: str, **options: Any) -> nn.Module:
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: timm_block(qkv_bias=True),
     "timm, all options": lambda: timm_block(qk_norm=True, scale_attn_norm=True, proj_bias=False, init_values=0.3, drop_path=0.2, attn_drop=0.1),
+    "timm, CLIP's GELU": lambda: timm_block(act_layer=layer("QuickGELU")),
+    "timm, GELU by tanh": lambda: timm_block(act_layer=functools.partial(nn.GELU, approximate="tanh")),
     "vit": lambda: vit_pytorch("vit", dropout=0.1),
     "simple_vit": lambda: vit_pytorch("simple_vit"),
     "deepvit": lambda: vit_pytorch("deepvit"),
@@ -249,12 +256,10 @@ def test_other_dtypes_keep_the_original(dtype: torch.dtype) -> None:
 
 
 def other_blocks() -> dict[str, tuple[Callable[[], nn.Module], str]]:
-    from timm.layers import GluMlp, QuickGELU, RmsNorm
-
     return {
-        "activation": (lambda: timm_block(act_layer=QuickGELU), "its activation is a QuickGELU"),
-        "mlp": (lambda: timm_block(mlp_layer=GluMlp), "its MLP is a GluMlp"),
-        "norm": (lambda: timm_block(norm_layer=RmsNorm), "its norm is a RmsNorm"),
+        "activation": (lambda: timm_block(act_layer=nn.Mish), "its activation is a Mish"),
+        "mlp": (lambda: timm_block(mlp_layer=layer("GluMlp")), "its MLP is a GluMlp"),
+        "norm": (lambda: timm_block(norm_layer=layer("RmsNorm")), "its norm is a RmsNorm"),
         "swiglu": (lambda: transformers("Dinov2", use_swiglu_ffn=True), "its MLP is a Dinov2SwiGLUFFN"),
         "no projection": (lambda: vit_pytorch("vit", heads=1, dim_head=DIM), "a Identity stands where a plain Linear should"),
     }
@@ -293,3 +298,51 @@ def test_outputs_that_transformers_records() -> None:
     assert len(ours) == len(theirs) == 3 and not handle.fallbacks
     for mine, eager, truth in zip(ours, theirs, exact, strict=True):
         assert compare_tensors("hidden states", mine, eager, truth).holds
+
+
+_SMALL = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 50}
+_TOWER = {**_SMALL, "image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(("name", "act"), [("CLIP", "quick_gelu"), ("Siglip", "gelu_pytorch_tanh"), ("Siglip", "gelu_python_tanh")])
+def test_vision_towers(name: str, act: str) -> None:
+    """CLIP's and SigLIP's: a layer a call in evaluation, the attention in training, the original activation where it is none of PyTorch's."""
+    import transformers as package
+
+    torch.manual_seed(0)
+    model = getattr(package, f"{name}VisionModel")(getattr(package, f"{name}VisionConfig")(**_TOWER, hidden_act=act))
+    images = zoo.photos(32)
+    original, accelerated, handle = zoo.pair(model, images)
+    replaced = [r.op for r in handle.replaced if "layers" in r.path]
+    assert replaced.count("attention") == 2 and replaced.count("transformer_blocks") == (0 if "python" in act else 2)
+    original.eval(), accelerated.eval()
+
+    def tokens(model: nn.Module, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images).last_hidden_state
+
+    exact = tokens(copy.deepcopy(original).double(), images.double())
+    assert compare_tensors("tokens", tokens(accelerated, images), tokens(original, images), exact).holds and not handle.fallbacks
+    measure = functools.partial(zoo.results, call=lambda model, x: model(x).last_hidden_state)
+    zoo.assert_same(original, accelerated, images, training=True, measure=measure)
+
+
+def test_a_text_tower_is_causal_still() -> None:
+    """CLIP's text goes through layers of the same class, with a mask: texts of several lengths, and of one, which needs no mask of padding."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    text = {**_SMALL, "vocab_size": 30, "max_position_embeddings": 12, "eos_token_id": 29, "bos_token_id": 28, "pad_token_id": 0}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=_TOWER, projection_dim=16)).eval()
+    ids = torch.randint(1, 28, (3, 12))
+    ids[:, -1] = 29
+    whole, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[1, 7:] = 0
+    accelerated = copy.deepcopy(model)
+    vitkernels.accelerate(accelerated)
+    exact = copy.deepcopy(model).double()
+    for mask in (None, whole, padded):
+        with torch.no_grad():
+            found, eager, truth = (m.text_model(input_ids=ids, attention_mask=mask).last_hidden_state for m in (accelerated, model, exact))
+        seen = slice(None) if mask is None else mask.bool()  # what stands in padding nobody reads
+        assert compare_tensors("tokens", found[seen], eager[seen], truth[seen]).holds

@@ -237,6 +237,9 @@ def test_an_mlp_follows_its_weights(kind: str) -> None:
         optimizer.step()
         model.eval()
 
+    def place_of(model: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, str]:
+        return next((parent, name) for parent in model.modules() for name, child in parent.named_children() if isinstance(child, kind))
+
     def first(model: nn.Module, kind: type[nn.Module]) -> Any:
         return next(module for module in model.modules() if isinstance(module, kind))
 
@@ -249,7 +252,9 @@ def test_an_mlp_follows_its_weights(kind: str) -> None:
     assert not handle.fallbacks
     assert_right(copy.deepcopy(accelerated), original, x)
     changed(lambda model: setattr(first(model, nn.GELU), "approximate", "tanh"))
-    assert handle.fallbacks == {"": "its GELU is an approximate one"}
+    assert not handle.fallbacks
+    changed(lambda model: setattr(*place_of(model, nn.GELU), nn.Mish()))
+    assert handle.fallbacks == {"": "its activation is a Mish"}
     handle.remove()
     assert type(accelerated) is type(original) and torch.equal(infer(accelerated, x), infer(original, x))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitkernels import backends
 from vitkernels.accuracy import compare_tensors
 from vitkernels.ops.bottleneck import op
-from vitkernels.ops.bottleneck.reference import Affine, Depthwise, Norm, inverted_bottleneck
+from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Affine, Depthwise, Norm, inverted_bottleneck
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -82,11 +82,26 @@ def test_against_the_definition(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype, True, activation="silu")
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
     check(CASES["mlp"], dtype, False, activation=activation, out_activation=activation)
     check(CASES["stride 2"], dtype, False, activation=activation, out_activation=activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_any_number(activation: str) -> None:
+    """From the smallest to those whose cube is no float any more; infinities and NaN are eager's."""
+    magnitudes = torch.cat((torch.logspace(-37, 38, 2000), torch.linspace(0, 30, 2000)))
+    x = torch.cat((magnitudes, -magnitudes)).view(1, 1, 1, -1)
+    identity = op.pack(Affine(torch.ones(1, 1)), out_activation=activation)
+    verdict = compare_tensors("output", op.run(x, identity), ACTIVATIONS[activation](x), ACTIVATIONS[activation](x.double()))
+    assert verdict.holds, verdict
+    small = magnitudes[magnitudes < 1].view(1, 1, 1, -1)  # judged by themselves
+    verdict = compare_tensors("output", op.run(-small, identity), ACTIVATIONS[activation](-small), ACTIVATIONS[activation](-small.double()))
+    assert verdict.holds, verdict
+    special = torch.tensor([torch.inf, torch.nan]).view(1, 1, 1, -1)
+    torch.testing.assert_close(op.run(special, identity), ACTIVATIONS[activation](special), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

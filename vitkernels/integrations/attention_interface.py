@@ -124,7 +124,8 @@ class Attention(dense.Attention):
 
     @classmethod
     def _vk_dropout(cls, module: Any) -> float:
-        return module.attention_dropout
+        own: dict[str, Any] = module.__dict__
+        return own["attention_dropout"] if "attention_dropout" in own else own["dropout"]
 
     @classmethod
     def _vk_projection(cls, module: Any) -> nn.Module:
@@ -134,5 +135,17 @@ class Attention(dense.Attention):
         """Project [B, N, C] each, attend, project: [B, N, C]."""
         inputs = ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection, x in inputs)
-        dropout = self.attention_dropout if self.training else 0.0
-        return self.o_proj(self._vk_attend(q, k, v, None, dropout, self.scaling, *as_structure(mask, q.shape[0])))
+        dropout = self._vk_dropout(self) if self.training else 0.0
+        return projection_of(self)(self._vk_attend(q, k, v, None, dropout, scale_of(self), *as_structure(mask, q.shape[0])))
+
+
+def scale_of(module: Any) -> float:
+    """Of the logits of a transformers attention, which has it under one of two names."""
+    own: dict[str, Any] = module.__dict__
+    return own["scaling"] if "scaling" in own else own["scale"]
+
+
+def projection_of(module: Any) -> Any:
+    """Its last layer, likewise."""
+    own = module._modules
+    return own["o_proj"] if "o_proj" in own else own["out_proj"]

@@ -257,39 +257,48 @@ _VIT_PYTORCH: dict[str, Any] = {
 
 
 class TransformersBlock(_OfTokens):
-    """``ViTLayer``, ``DeiTLayer`` and ``Dinov2Layer``, where they would call SDPA."""
+    """``ViTLayer``, ``DeiTLayer``, ``Dinov2Layer``, ``CLIPEncoderLayer`` and ``SiglipEncoderLayer``, where they would call SDPA."""
+
+    @classmethod
+    def _vk_attention(cls, module: Any) -> Any:
+        own = module._modules
+        return own["attention"] if "attention" in own else own["self_attn"]
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
-        attention = module.attention
-        return attention.config._attn_implementation, attention.head_dim, attention.scaling, attention.is_causal
+        attention = cls._vk_attention(module)
+        return attention.config._attn_implementation, attention.head_dim, attention_interface.scale_of(attention), attention.is_causal
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
-        attention, own = module.attention, module._modules
-        if original_name(attention) != original_name(module).replace("Layer", "Attention"):
+        attention, own = cls._vk_attention(module), module._modules
+        layer = original_name(module)
+        if original_name(attention) != layer.removesuffix("Layer").removesuffix("Encoder") + "Attention":
             raise UnfitError(f"its attention is a {type(attention).__name__}")
         if (chosen := attention.config._attn_implementation) not in ("sdpa", attention_interface.NAME):
             raise UnfitError(f"its attention implementation is {chosen!r}, not 'sdpa'")
         if attention.is_causal:
             raise UnfitError("it is causal")
         no_change(own.get("dropout"), own.get("drop_path"))
-        before, after = (own["layernorm_before"], own["layernorm_after"]) if "layernorm_before" in own else (own["norm1"], own["norm2"])
+        before, after = next((own[first], own[second]) for first, second in _NORMS if first in own)
         scales = [None if name not in own else _scale(own[name]) for name in ("layer_scale1", "layer_scale2")]
         inputs = tuple(_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
         if len({layer.module.weight.shape for layer in inputs}) > 1:
             raise UnfitError("its queries have not as many channels as its keys and values")
         block = Block(
             bottleneck(SideBySide(inputs), norm=token_norm(before)),
-            softmax(inputs[0].module.weight.shape[0] // attention.head_dim, attention.scaling),
-            bottleneck(_linear(attention.o_proj, scales[0])),
+            softmax(inputs[0].module.weight.shape[0] // attention.head_dim, attention_interface.scale_of(attention)),
+            bottleneck(_linear(attention_interface.projection_of(attention), scales[0])),
             mlp_layers(module.mlp, after, scales[1]),
         )
         return _plan(block)
 
 
+_NORMS = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"), ("layer_norm1", "layer_norm2"))
+
+
 TABLE: dict[str, type[Fused]] = {
     _TIMM_BLOCK: TimmBlock,
     **{f"vit_pytorch.{name}.Transformer": VitPytorchTransformer for name in ("vit", "simple_vit", "deepvit")},
-    **{f"{name}Layer": TransformersBlock for name in TRANSFORMERS_VITS},
+    **{name + layer: TransformersBlock for name, layer in TRANSFORMERS_VITS.items()},
 }

@@ -7,6 +7,7 @@ and inductor folds by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -150,7 +151,12 @@ _ACTIVATIONS = {
     "timm.layers.activations.Swish": "silu",
     "transformers.activations.SiLUActivation": "silu",
     "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
     "transformers.activations.GELUActivation": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
 }
 _CONV_LAYERS = frozenset(
     f"transformers.models.{name}ConvLayer" for name in ("mobilevit.modeling_mobilevit.MobileViT", "mobilevitv2.modeling_mobilevitv2.MobileViTV2")
@@ -171,10 +177,16 @@ def activation_of(module: Any) -> str:
     if module is None:
         return "none"
     name = original_name(module)
-    exact = getattr(module, "approximate", "none") == "none" and getattr(module, "act", nn.functional.gelu) is nn.functional.gelu
-    if name not in _ACTIVATIONS or not exact:
-        raise UnfitError(f"its activation is a {type(module).__name__}" if exact else "its GELU is an approximate one")
-    return _ACTIVATIONS[name]
+    if name not in _ACTIVATIONS:
+        raise UnfitError(f"its activation is a {type(module).__name__}")
+    act = getattr(module, "act", None)  # transformers': what it calls
+    if isinstance(act, partial):
+        as_named = act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"}
+    else:
+        as_named = act is None or act is nn.functional.gelu
+    if not as_named:
+        raise UnfitError("its GELU is written in Python")
+    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else _ACTIVATIONS[name]
 
 
 def no_change(*modules: Any) -> None:
@@ -362,10 +374,17 @@ def token_norm(module: Any) -> nn.LayerNorm:
 
 
 _LAYER_NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"})
-TRANSFORMERS_VITS = tuple(
-    f"transformers.models.{name}" for name in ("vit.modeling_vit.ViT", "deit.modeling_deit.DeiT", "dinov2.modeling_dinov2.Dinov2")
-)
-"""What the names of the classes of transformers' plain ViTs begin with."""
+TRANSFORMERS_VITS = {
+    f"transformers.models.{name}": layer
+    for name, layer in {
+        "vit.modeling_vit.ViT": "Layer",
+        "deit.modeling_deit.DeiT": "Layer",
+        "dinov2.modeling_dinov2.Dinov2": "Layer",
+        "clip.modeling_clip.CLIP": "EncoderLayer",
+        "siglip.modeling_siglip.Siglip": "EncoderLayer",
+    }.items()
+}
+"""What the names of the classes of transformers' plain ViTs begin with, and what that of a layer ends with."""
 
 
 TABLE: dict[str, type[Fused]] = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitkernels.integrations import _tokenwise, attention_interface, dense, detr, matching, packed
 from vitkernels.integrations._fused import Fused, Role, fell_back, original_name, published, qualified
+from vitkernels.integrations.folded import TRANSFORMERS_VITS
 from vitkernels.integrations.separable import Attention, Block, Layer, Layers, Patch
 from vitkernels.nn import _checks
 from vitkernels.ops import PackedLayout
@@ -89,7 +90,7 @@ class TransformersBlock(Block):
 
 
 class ViTAttention(attention_interface.Attention):
-    """``ViTAttention``, where it would call SDPA."""
+    """``ViTAttention`` and those of DeiT, Dinov2, CLIP and SigLIP, where they would call SDPA."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The original's arguments and result."""
@@ -266,7 +267,7 @@ _SIGLIP2_LAYERS = _tokenwise.Layers(
 
 
 TABLE: dict[str, type[Fused]] = {
-    "transformers.models.vit.modeling_vit.ViTAttention": ViTAttention,
+    **{f"{name}Attention": ViTAttention for name in TRANSFORMERS_VITS},
     _V1 + "MobileViTSelfAttention": MobileViTAttention,
     _V1 + "MobileViTLayer": MobileViTBlock,
     _MODELING + "MobileViTV2LinearSelfAttention": TransformersAttention,

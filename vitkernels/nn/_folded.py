@@ -232,7 +232,8 @@ class Convolution(NamedTuple):
         weight, bias = exact.to(dtype), None if exact_bias is None else exact_bias.to(dtype)
         places = (conv.padding, conv.stride, conv.dilation)
         activation = ACTIVATIONS[self.layer.activation]
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not _onednn(dtype) or self.layer.depth > _SHORT:
+        known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and self.layer.activation in _ONEDNN
+        if not known or not _onednn(dtype) or self.layer.depth > _SHORT:
             return lambda x: activation(conv._conv_forward(x, weight, bias))
         onednn, packed = torch.ops.mkldnn, None
 
@@ -251,6 +252,7 @@ _ONEDNN: dict[str, tuple[str, list[Any], str | None]] = {
     "relu": ("relu", [], ""),
     "silu": ("swish", [], ""),
     "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
 }
 
 

@@ -77,7 +77,7 @@ def pack(
         norm: of the input.
         expand: [hidden, in].
         depthwise: of the hidden channels, square.
-        activation: "none", "relu", "silu" or "gelu" (exact), behind ``expand`` and behind ``depthwise``.
+        activation: "none", "relu", "silu", "gelu" (exact), "gelu_tanh" or "quick_gelu" (CLIP's), behind ``expand`` and behind ``depthwise``.
         out_activation: behind ``project``, before the residual.
         activations: the dtype of what :func:`run` will be given, if it is known.
     """
