@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,29 @@ def test_auto_hands_over_on_an_unproved_gpu_and_says_so(monkeypatch: pytest.Monk
         ops.attention(q, k, v)
         assert vitkernels.explain(ops.attention, q, k, v).chosen == "reference"
     assert not called
+
+
+def test_a_captured_graph_reads_what_was_made_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work list of a size, so that it is not made again in each replay; and it stays, however many other sizes come."""
+    pytest.importorskip("triton")
+    triton = importlib.import_module("vitkernels.ops.dense.triton")
+
+    def places(tokens: int, capturing: bool = False) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        q: Any = SimpleNamespace(shape=(1, 2, tokens, 8), device=torch.device("cpu"), is_cuda=True)
+        return triton._places(q, q)
+
+    monkeypatch.setattr(triton, "_made", {})
+    monkeypatch.setattr(triton, "_captured", {})
+    first = places(5)
+    assert all(a is b for a, b in zip(places(5), first, strict=True))
+    assert all(a is b for a, b in zip(places(5, capturing=True), first, strict=True))
+    alone = places(6, capturing=True)
+    assert places(6, capturing=True)[0] is not alone[0], "memory of one graph"
+    for tokens in range(10, 10 + triton._MOST_MADE):
+        places(tokens)
+    assert len(triton._made) == triton._MOST_MADE and places(5)[0] is not first[0]
+    assert all(a is b for a, b in zip(places(5, capturing=True), first, strict=True))
 
 
 def test_what_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:

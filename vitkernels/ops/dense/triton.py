@@ -6,6 +6,7 @@ projection, and copied elsewhere. Padding goes into the bias. Shared keys are co
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -141,18 +142,20 @@ def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
     if found is None:
         found = _even(*key)
         if not capturing:  # what is made while a graph is captured is memory of that graph
-            while len(_made) >= _MOST_MADE:
-                del _made[next(iter(_made))]
-            _made[key] = found
-    elif capturing:  # the graph reads it whenever it is replayed
-        _captured[key] = _made[key] = _captured.get(key, found)
-    cu_q, cu_k, work = _made.get(key, found)
-    return cu_q, cu_k, None, work
+            with _making:
+                while len(_made) >= _MOST_MADE:
+                    del _made[next(iter(_made))]
+                _made[key] = found
+    elif capturing:  # the graph reads it whenever it is replayed: it stays
+        found = _captured.setdefault(key, found)
+    return found[0], found[1], None, found[2]
 
 
+_Key = tuple[int, int, int, torch.device]
 _Places = tuple[Tensor, Tensor, Tensor]
-_made: dict[tuple[int, int, int, torch.device], _Places] = {}
-_captured: dict[tuple[int, int, int, torch.device], _Places] = {}
+_made: dict[_Key, _Places] = {}
+_captured: dict[_Key, _Places] = {}
+_making = threading.Lock()
 _MOST_MADE = 64
 
 
