@@ -182,7 +182,7 @@ def test_a_sequence_of_blocks_is_one_call() -> None:
     assert type(accelerated) is nn.Sequential and torch.equal(infer(accelerated, x), infer(original, x))
 
 
-@pytest.mark.parametrize("kind", ["timm, all options", "vit", "ViT"])
+@pytest.mark.parametrize("kind", ["timm, all options", "vit", "ViT", "DeiT", "Dinov2"])
 def test_training_and_gradients_are_the_originals(kind: str) -> None:
     """Through the replaced attention inside."""
     original, accelerated, handle = pair(BLOCKS[kind])
