@@ -872,7 +872,9 @@ def key_tile(dim: int, dtype: torch.dtype, *, norm: bool, extras: bool) -> Tile:
 
 def bias_tile(dim: int, dtype: torch.dtype) -> Tile:
     """The bias's gradient."""
-    return _tile(16, 16, 4) if dtype is torch.float32 else _tile(32, 32, 4 if dim <= 64 else 8)
+    if dtype is torch.float32:
+        return _tile(16, 16, 4) if dim <= 128 else _tile(16, 16, 8, registers=255)
+    return _tile(32, 32, 4 if dim <= 64 else 8)
 
 
 def _tile(block_m: int, block_n: int, num_warps: int, registers: int | None = None, num_stages: int = 2) -> Tile:
