@@ -61,7 +61,7 @@ test-cpp: setup
 	  echo "no cmake: the C++ tests of csrc/tests are not run"; \
 	else \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" --log-level=WARNING >/dev/null; \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target csrc_tests -- --quiet; \
+	  MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target csrc_tests -- --quiet; \
 	  ctest --test-dir build/cmake --output-on-failure; \
 	fi
 
