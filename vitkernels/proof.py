@@ -48,14 +48,11 @@ class Committed:
 
 
 _H200 = "benchmarks/results/h200/third/bench.csv"
-_PACKED = "benchmarks/results/h200/third/packed.csv"
 _BOTH = (FORWARD, TRAINING)
 # By op, backend and architecture.
 COMMITTED: dict[tuple[str, str, str], Committed] = {
     ("cascaded_group_attention", "triton", "sm_90"): Committed(_H200, {"bfloat16": _BOTH, "float16": _BOTH, "float32": (TRAINING,)}),
     ("cascaded_group_attention", "cuda", "sm_90"): Committed(_H200, {"bfloat16": _BOTH, "float16": _BOTH, "float32": _BOTH}),
-    ("varlen_attention", "triton", "sm_90"): Committed(_PACKED, {"bfloat16": _BOTH, "float16": _BOTH}),
-    ("packed_attention", "triton", "sm_90"): Committed(_PACKED, {"bfloat16": _BOTH, "float16": _BOTH}),
     ("re_attention", "cuda", "sm_90"): Committed(_H200, {"bfloat16": (FORWARD,), "float16": (FORWARD,)}),
 }
 

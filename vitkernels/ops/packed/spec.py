@@ -419,7 +419,7 @@ SPECS = (
         ),
         saved_bytes=_saved,
         peers={"SDPA, dense mask": _with_dense_mask, "SDPA per image": _per_image, "SDPA padded to the longest": _padded_to_the_longest},
-        otherwise=("SDPA padded to the longest",),  # timm's and transformers' models of many sizes; vit-pytorch's NaViT is eager
+        otherwise=("SDPA, dense mask", "SDPA padded to the longest"),
         kept_by_autocast=_AUTOCAST_KEEPS,
         tiles_span_images=("triton",),
     ),
@@ -435,6 +435,7 @@ SPECS = (
         gpu_cases=(_packed_case("mixB 1x2048", (_MIX_B,)), _packed_case("batch64 64x1024", _BATCH * 16)),
         saved_bytes=_saved,
         peers={"SDPA, dense mask": _packed_with_dense_mask, "SDPA per image": _packed_per_image},
+        otherwise=("SDPA, dense mask",),
         kept_by_autocast=_AUTOCAST_KEEPS,
         tiles_span_images=("triton",),
         schema="varlen_attention",
