@@ -166,12 +166,7 @@ def _resolve(op: str, wanted: str, device: torch.device, dtype: torch.dtype, tra
         # What the loop finds first on a CPU, in a third of the time: a call on few tokens notices a microsecond.
         if device == _CPU and dtype in _support[op].native and native.why_not() is None:
             return "native"
-        on_gpu = device.type == "cuda"
         for name in _AUTO_ORDER.get(device.type, ()):
-            # Most of what there is to ask on a GPU, without the words in which `why_not` says it: they would be half of what a module costs that runs
-            # its original code there.
-            if on_gpu and name != "reference" and not (dtype in getattr(_support[op], name) and proof.proved(op, name, device, dtype, training)):
-                continue
             if why_not(op, name, device, dtype, auto=True, training=training) is None:
                 return name
         return "reference"
