@@ -124,8 +124,7 @@ class Attention(dense.Attention):
 
     @classmethod
     def _vk_dropout(cls, module: Any) -> float:
-        own: dict[str, Any] = module.__dict__
-        return own["attention_dropout"] if "attention_dropout" in own else own["dropout"]
+        return either(module.__dict__, "attention_dropout", "dropout")
 
     @classmethod
     def _vk_projection(cls, module: Any) -> nn.Module:
@@ -139,13 +138,16 @@ class Attention(dense.Attention):
         return projection_of(self)(self._vk_attend(q, k, v, None, dropout, scale_of(self), *as_structure(mask, q.shape[0])))
 
 
+def either(own: dict[str, Any], *names: str) -> Any:
+    """What a module of transformers has under one of these names."""
+    return next(own[name] for name in names if name in own)
+
+
 def scale_of(module: Any) -> float:
-    """Of the logits of a transformers attention, which has it under one of two names."""
-    own: dict[str, Any] = module.__dict__
-    return own["scaling"] if "scaling" in own else own["scale"]
+    """Of the logits of an attention."""
+    return either(module.__dict__, "scaling", "scale")
 
 
 def projection_of(module: Any) -> Any:
-    """Its last layer, likewise."""
-    own = module._modules
-    return own["o_proj"] if "o_proj" in own else own["out_proj"]
+    """Its last layer."""
+    return either(module._modules, "o_proj", "out_proj")

@@ -261,8 +261,7 @@ class TransformersBlock(_OfTokens):
 
     @classmethod
     def _vk_attention(cls, module: Any) -> Any:
-        own = module._modules
-        return own["attention"] if "attention" in own else own["self_attn"]
+        return attention_interface.either(module._modules, "attention", "self_attn")
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
@@ -272,15 +271,14 @@ class TransformersBlock(_OfTokens):
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
         attention, own = cls._vk_attention(module), module._modules
-        layer = original_name(module)
-        if original_name(attention) != layer.removesuffix("Layer").removesuffix("Encoder") + "Attention":
+        if original_name(attention) != original_name(module).removesuffix("Layer").removesuffix("Encoder") + "Attention":
             raise UnfitError(f"its attention is a {type(attention).__name__}")
         if (chosen := attention.config._attn_implementation) not in ("sdpa", attention_interface.NAME):
             raise UnfitError(f"its attention implementation is {chosen!r}, not 'sdpa'")
         if attention.is_causal:
             raise UnfitError("it is causal")
         no_change(own.get("dropout"), own.get("drop_path"))
-        before, after = next((own[first], own[second]) for first, second in _NORMS if first in own)
+        before, after = (attention_interface.either(own, *names) for names in (_BEFORE, _AFTER))
         scales = [None if name not in own else _scale(own[name]) for name in ("layer_scale1", "layer_scale2")]
         inputs = tuple(_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
         if len({layer.module.weight.shape for layer in inputs}) > 1:
@@ -294,7 +292,9 @@ class TransformersBlock(_OfTokens):
         return _plan(block)
 
 
-_NORMS = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"), ("layer_norm1", "layer_norm2"))
+# The norms in front of attention and MLP.
+_BEFORE = ("layernorm_before", "norm1", "layer_norm1")
+_AFTER = ("layernorm_after", "norm2", "layer_norm2")
 
 
 TABLE: dict[str, type[Fused]] = {
