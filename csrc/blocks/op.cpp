@@ -3,6 +3,7 @@
 #include "blocks/op.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "bottleneck/kernels.h"
@@ -48,6 +49,11 @@ class Pieces {
   int64_t at_ = 0;
 };
 
+// Of an element, of tokens and packed weights.
+struct Bytes {
+  int64_t tokens, matrices, vectors;
+};
+
 struct Scales {
   double logits, in_eps, heads_eps, out_eps, mlp_eps, mix_eps;
 };
@@ -87,7 +93,7 @@ class Reader {
   bottleneck::Bottleneck layer(int64_t in, int64_t out, double eps, bool norm) {
     bottleneck::Bottleneck a{};
     a.dtype = dtype_of(x_), a.batch = a.height = a.out_height = 1;
-    a.in = a.hidden = in, a.out = out, a.eps = eps;
+    a.in = a.hidden = a.x_row = in, a.out = a.y_row = out, a.eps = eps;
     if (norm) a.norm = bottleneck::Norm::kToken, a.norm_weight = vectors_.next(padded(in)), a.norm_bias = vectors_.next(padded(in));
     return a;
   }
@@ -153,27 +159,74 @@ struct Sequences {
   }
 };
 
-// body(first, count) for every thread's share of the tokens, three or more, if there are as many: then a token's result does not depend on the number of threads.
+// body(first, count) for every thread's share of `total`, of `least` or more, if there are as many.
 template <class Body>
-void for_shares(int64_t tokens, const Body& body) {
+void for_shares(int64_t total, int64_t least, const Body& body) {
   struct Context {
-    int64_t tokens, workers;
+    int64_t total, workers;
     const Body& body;
-  } context{tokens, std::min(num_threads(), std::max<int64_t>(tokens / 3, 1)), body};
+  } context{total, std::min(num_threads(), std::max<int64_t>(total / least, 1)), body};
   const auto run = [](void* data, int64_t i) {
     const Context& c = *static_cast<const Context*>(data);
-    const int64_t first = c.tokens * i / c.workers;
-    c.body(first, c.tokens * (i + 1) / c.workers - first);
+    const int64_t first = c.total * i / c.workers;
+    c.body(first, c.total * (i + 1) / c.workers - first);
   };
   parallel_for(context.workers, run, &context);
 }
 
-// One layer of tokens [first, first + count); x, y and residual are those of all tokens.
-void run_layer(bottleneck::Bottleneck a, int64_t first, int64_t count, int64_t bytes, const char* x, char* y, const char* residual = nullptr) {
+// Tokens with that many neighbours have the same result whatever the number of threads.
+constexpr int64_t kLeastTokens = 3;
+
+// One pass of tokens [first, first + count); x, y and residual are those of all tokens.
+void run_pass(bottleneck::Bottleneck a, int64_t first, int64_t count, int64_t bytes, const char* x, char* y, const char* residual = nullptr) {
   a.width = a.out_width = count;
-  a.x = x + first * a.in * bytes, a.y = y + first * a.out * bytes;
-  a.residual = residual ? residual + first * a.out * bytes : nullptr;
+  a.x = x + first * a.x_row * bytes, a.y = y + first * a.y_row * bytes;
+  a.residual = residual ? residual + first * a.y_row * bytes : nullptr;
   bottleneck::kernels().forward(a);
+}
+
+// The two layers of an MLP, whose hidden tokens are `row` elements apart.
+bottleneck::Bottleneck expansion_of(bottleneck::Bottleneck mlp, int64_t row) {
+  mlp.out = mlp.hidden, mlp.hidden = mlp.in, mlp.y_row = row;
+  mlp.project_weight = std::exchange(mlp.expand_weight, nullptr), mlp.project_bias = std::exchange(mlp.expand_bias, nullptr);
+  mlp.out_activation = std::exchange(mlp.activation, bottleneck::Activation::kNone);
+  return mlp;
+}
+bottleneck::Bottleneck reduction_of(bottleneck::Bottleneck mlp, int64_t row) {
+  mlp.in = mlp.hidden, mlp.x_row = row;
+  mlp.norm = bottleneck::Norm::kNone, mlp.norm_weight = mlp.norm_bias = nullptr;
+  mlp.expand_weight = mlp.expand_bias = nullptr, mlp.activation = bottleneck::Activation::kNone;
+  return mlp;
+}
+
+// The distance of hidden tokens: an odd number of cache lines, or the rows of a tile would fall into few sets of the L1 cache.
+int64_t hidden_row(int64_t hidden, int64_t bytes) {
+  const int64_t line = 64 / bytes;
+  return ((hidden + line - 1) / line | 1) * line;
+}
+
+// Whether threads share out the outputs of each layer instead of the tokens. Of few tokens each has few, and would read all of the matrices for these, from beyond
+// its own cache; on the other hand threads meet behind every layer then. Hidden tokens are kept as the matrices are.
+bool shares_outputs(int64_t tokens, const std::vector<Block>& blocks, int64_t matrices, Bytes bytes) {
+  constexpr int64_t kTokens = 32, kRows = 8, kWorth = int64_t{1} << 20;  // a thread's, those of a tile, bytes of a block's matrices
+  const auto per = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+  int64_t narrowest = matrices;
+  for (const Block& b : blocks) narrowest = std::min({narrowest, b.out.out, b.hidden});
+  const int64_t threads = num_threads(), tiles = per(tokens, kRows), panels = padded(narrowest) / kPanel;
+  return threads > 1 && bytes.tokens == bytes.matrices && tokens <= kTokens * threads && matrices * bytes.matrices >= kWorth * static_cast<int64_t>(blocks.size()) &&
+         tiles * per(panels, threads) <= per(tiles, threads) * panels;  // the threads are as evenly loaded
+}
+
+// One layer of all tokens, its outputs shared out.
+void run_by_outputs(const bottleneck::Bottleneck& a, int64_t tokens, Bytes bytes, const char* x, char* y, const char* residual = nullptr) {
+  for_shares(padded(a.out) / kPanel, 1, [&](int64_t panel, int64_t panels) {
+    const int64_t first = panel * kPanel;
+    bottleneck::Bottleneck own = a;
+    own.out = std::min(panels * kPanel, a.out - first);
+    own.project_weight = static_cast<const char*>(a.project_weight) + first * a.hidden * bytes.matrices;
+    own.project_bias = static_cast<const char*>(a.project_bias) + first * bytes.vectors;
+    run_pass(own, 0, tokens, bytes.tokens, x, y + first * bytes.tokens, residual ? residual + first * bytes.tokens : nullptr);
+  });
 }
 
 void attend(const Block& b, const Tensor& x, const Sequences& sequences, const char* qkv, int64_t bytes, char* out) {
@@ -222,33 +275,43 @@ Tensor transformer_blocks(
   const Reader reader(x, matrices, vectors, numbers, program);
   const Sequences sequences(x, patch_height, patch_width);
   STD_TORCH_CHECK(!reader.blocks().empty(), "vitkernels::transformer_blocks: the program is empty");
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), pixels = x.size(0) * height * width, bytes = bytes_of(x);
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), pixels = x.size(0) * height * width;
+  const Bytes bytes{bytes_of(x), bytes_of(matrices), bytes_of(vectors)};
   Tensor y = empty_strided({x.size(0), channels, height, width}, {height * width * channels, 1, width * channels, channels}, x.scalar_type());
-  int64_t most = 0;
+  int64_t most = 0, most_hidden = 0;
   for (const Block& b : reader.blocks()) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),
                     "vitkernels::transformer_blocks: bfloat16 matrices are for bfloat16 alone");
     STD_TORCH_CHECK(!b.mixed || patch_height == 0, "vitkernels::transformer_blocks: maps are mixed of whole images, not of patches");
-    most = std::max(most, b.channels());
+    most = std::max(most, b.channels()), most_hidden = std::max(most_hidden, b.hidden);
   }
   if (pixels == 0) return y;
-  const Buffer<char> qkv(pixels * 3 * most * bytes), attended(pixels * most * bytes);
+  const bool by_outputs = shares_outputs(pixels, reader.blocks(), matrices.numel(), bytes);
+  const int64_t row = hidden_row(most_hidden, bytes.tokens);
+  const Buffer<char> qkv(pixels * 3 * most * bytes.tokens), attended(pixels * most * bytes.tokens), hidden(by_outputs ? pixels * row * bytes.tokens : 0);
   const char* from = static_cast<const char*>(x.data_ptr());
   char* const to = static_cast<char*>(y.data_ptr());
   const std::vector<Block>& blocks = reader.blocks();
-  for_shares(pixels, [&](int64_t first, int64_t count) { run_layer(blocks[0].in, first, count, bytes, from, qkv); });
+  for_shares(pixels, kLeastTokens, [&](int64_t first, int64_t count) { run_pass(blocks[0].in, first, count, bytes.tokens, from, qkv); });
   for (size_t i = 0; i < blocks.size(); ++i) {
     const Block& b = blocks[i];
     if (b.mixed) {
-      attend_mixed(b, x, qkv, bytes, attended);
+      attend_mixed(b, x, qkv, bytes.tokens, attended);
     } else {
-      attend(b, x, sequences, qkv, bytes, attended);
+      attend(b, x, sequences, qkv, bytes.tokens, attended);
     }
-    for_shares(pixels, [&](int64_t first, int64_t count) {
-      run_layer(b.out, first, count, bytes, attended, to, from);
-      run_layer(b.mlp, first, count, bytes, to, to, to);  // in place: a token is read before it is written, and by no other
-      if (i + 1 < blocks.size()) run_layer(blocks[i + 1].in, first, count, bytes, to, qkv);
-    });
+    if (by_outputs) {
+      run_by_outputs(b.out, pixels, bytes, attended, to, from);
+      run_by_outputs(expansion_of(b.mlp, row), pixels, bytes, to, hidden);
+      run_by_outputs(reduction_of(b.mlp, row), pixels, bytes, hidden, to, to);
+      if (i + 1 < blocks.size()) run_by_outputs(blocks[i + 1].in, pixels, bytes, to, qkv);
+    } else {
+      for_shares(pixels, kLeastTokens, [&](int64_t first, int64_t count) {
+        run_pass(b.out, first, count, bytes.tokens, attended, to, from);
+        run_pass(b.mlp, first, count, bytes.tokens, to, to, to);  // in place: a token is read before it is written, and by no other
+        if (i + 1 < blocks.size()) run_pass(blocks[i + 1].in, first, count, bytes.tokens, to, qkv);
+      });
+    }
     from = to;
   }
   return y;

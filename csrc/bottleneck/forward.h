@@ -142,9 +142,9 @@ struct Forward {
     Buffer<double> sums(a.batch * parts * 3);
     parallel(a.batch * parts, [&](int64_t i) {
       const int64_t first = i % parts * kTokens, count = min_of(kTokens, tokens - first);
-      const S* token = x + (i / parts * tokens + first) * a.in;
+      const S* token = x + (i / parts * tokens + first) * a.x_row;
       double mean = 0, mean_squares = 0, squares = 0;
-      for (int64_t t = 0; t < count; ++t, token += a.in) {
+      for (int64_t t = 0; t < count; ++t, token += a.x_row) {
         const auto [m, s] = token_moments(token);
         mean += m, mean_squares += static_cast<double>(m) * m, squares += s;
       }
@@ -162,20 +162,22 @@ struct Forward {
 
   // Whether input() fills its buffer.
   bool copies() const { return a.norm != Norm::kNone || !std::is_same_v<S, Left>; }
+  int64_t input_row() const { return copies() ? a.in : a.x_row; }
 
-  // Tokens [first, first + count) of all samples as left operands, normalised: their own memory where there is nothing to do, else `buffer`.
+  // Tokens [first, first + count) of all samples as left operands, normalised: their own memory where there is nothing to do, else `buffer`. They are input_row()
+  // apart.
   const Left* input(int64_t first, int64_t count, Left* buffer) const {
     if constexpr (std::is_same_v<S, Left>) {
-      if (a.norm == Norm::kNone) return x + first * a.in;
+      if (a.norm == Norm::kNone) return x + first * a.x_row;
     } else {
       if (a.norm == Norm::kNone) {
-        upcast(x + first * a.in, count * a.in, buffer);
+        for (int64_t t = 0; t < count; ++t) upcast(x + (first + t) * a.x_row, a.in, buffer + t * a.in);
         return buffer;
       }
     }
     const T *weight = static_cast<const T*>(a.norm_weight), *bias = static_cast<const T*>(a.norm_bias);
     for (int64_t t = 0; t < count; ++t) {
-      const S* token = x + (first + t) * a.in;
+      const S* token = x + (first + t) * a.x_row;
       Left* out = buffer + t * a.in;
       T mean, inverse;
       if (a.norm == Norm::kToken) {
@@ -199,12 +201,11 @@ struct Forward {
 
   // Tokens [first, first + count) of the output from their hidden values.
   void project(const Left* values, int64_t stride, int64_t first, int64_t count) const {
-    const int64_t channels = a.out;
-    S* out = y + first * channels;
-    const S* added = residual ? residual + first * channels : nullptr;
-    const auto finish = [channels, out, added, activation = a.out_activation](int64_t row, int64_t channel, Vec<T> v) {
+    S* out = y + first * a.y_row;
+    const S* added = residual ? residual + first * a.y_row : nullptr;
+    const auto finish = [channels = a.out, y_row = a.y_row, out, added, activation = a.out_activation](int64_t row, int64_t channel, Vec<T> v) {
       v = activate<T>(v, activation);
-      const int64_t offset = row * channels + channel, n = channels - channel;
+      const int64_t offset = row * y_row + channel, n = channels - channel;
       if (n >= lanes) {
         store(out + offset, added ? v + load(added + offset) : v);
       } else {
@@ -235,7 +236,7 @@ struct Forward {
         const int64_t first = own.begin + tile.begin, rows = tile.end - tile.begin;
         const Left* values = input(first, rows, normed);
         if (!a.expand_weight) {
-          project(values, a.in, first, rows);
+          project(values, input_row(), first, rows);
           continue;
         }
         for (int64_t t = 0; a.gate && t < rows; ++t) gates[t] = gate_of(first + t);
@@ -243,7 +244,7 @@ struct Forward {
           v = activate<T>(v, activation);
           store(out + row * stride + channel, gate ? v * load(gate[row] + channel) : v);
         };
-        times_panels(rows, a.in, a.hidden, values, a.in, static_cast<const Left*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
+        times_panels(rows, a.in, a.hidden, values, input_row(), static_cast<const Left*>(a.expand_weight), static_cast<const T*>(a.expand_bias), keep);
         project(hidden, hidden_stride, first, rows);
       }
     });

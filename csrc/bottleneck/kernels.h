@@ -15,12 +15,13 @@ enum class Norm : int64_t { kNone, kToken, kSample };
 // Output channels of a weight panel: the kernels read [panels][depth][kPanel], zeros where there is no channel.
 constexpr int64_t kPanel = 32;
 
-// x [batch, height, width, in], y [batch, out_height, out_width, out], both dense. All weights and biases are of the arithmetic type; biases and the depthwise
+// x [batch, height, width, in], y [batch, out_height, out_width, out], dense but for the distance of their tokens. All weights and biases are of the arithmetic type; biases and the depthwise
 // weight are padded with zeros to whole panels.
 struct Bottleneck {
   Dtype dtype;
   int64_t batch, height, width, in, hidden, out;
   const void* x;
+  int64_t x_row, y_row;  // elements from a token to the next one, of x, and of y and the residual; in and out but for tokens that go without a depthwise convolution
   Norm norm;
   double eps;
   const void *norm_weight, *norm_bias;        // [in]; null: ones, zeros

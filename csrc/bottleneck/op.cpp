@@ -63,6 +63,7 @@ Tensor inverted_bottleneck(
   a.batch = x.size(0), a.in = x.size(1), a.height = x.size(2), a.width = x.size(3);
   STD_TORCH_CHECK(project_weight.dim() == 3, "vitkernels::inverted_bottleneck: project_weight must be panels [panels, hidden, ", bottleneck::kPanel, "]");
   a.hidden = project_weight.size(1), a.out = out_channels;
+  a.x_row = a.in, a.y_row = a.out;
   a.pairs = bottleneck::pairs_of(x, project_weight, a.in, a.hidden);
   STD_TORCH_CHECK(!a.pairs || !depthwise_weight, "vitkernels::inverted_bottleneck: with a depthwise convolution the weights must not be bfloat16");
   const ScalarType weights = a.pairs ? ScalarType::BFloat16 : type;

@@ -5,6 +5,7 @@
 
 namespace vitkernels {
 
+// How many work side by side on what the caller shares out: one where it already runs in a parallel region.
 int64_t num_threads();
 
 // Calls body(context, i) once for each i in [0, n), spread over the pool; serially if n is 1 or the caller already runs in a parallel region.

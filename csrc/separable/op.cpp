@@ -163,7 +163,7 @@ Tensor separable_layer(
       "vitkernels::separable_layer: query_weight must be contiguous [", padded, "] of the accumulation dtype, query_bias one number of it");
   separable::Layer a{};
   a.dtype = dtype_of(x);
-  a.batch = batch, a.height = a.out_height = height, a.width = a.out_width = width, a.in = a.hidden = a.out = dim;
+  a.batch = batch, a.height = a.out_height = height, a.width = a.out_width = width, a.in = a.hidden = a.out = a.x_row = a.y_row = dim;
   a.patch_height = patch_h, a.patch_width = patch_w;
   a.norm = bottleneck::Norm::kSample, a.eps = eps;
   a.norm_weight = bottleneck::checked_norm(norm_weight, dim, type), a.norm_bias = bottleneck::checked_norm(norm_bias, dim, type);

@@ -66,6 +66,11 @@ CASES: dict[str, tuple[tuple[int, ...], Any, list[dict[str, Any]]]] = {
     "a map": ((2, 16, 5, 7), None, [{"heads": 2, "dim": 8, "hidden": 32}]),
     "patches": ((2, 18, 6, 8), (2, 4), [{"heads": 3, "dim": 6, "hidden": 20}] * 2),
     "patches, norms": ((1, 16, 4, 6), (2, 2), [{"heads": 1, "dim": 16, "hidden": 16, "normed": True, "options": True}]),
+    "few tokens, shared out by outputs": (
+        (2, 192, 1, 9),
+        None,
+        [{"heads": 4, "dim": 48, "hidden": 1200}, {"heads": 5, "dim": 41, "hidden": 1110, "normed": True}],
+    ),
     "one token": ((1, 8, 1, 1), None, [{"heads": 1, "dim": 8, "hidden": 8}]),
 }
 
@@ -121,10 +126,11 @@ def test_one_layer_that_makes_no_pairs() -> None:
     assert verdict.holds, verdict
 
 
-@pytest.mark.parametrize("name", ["tokens", "mixed"])
-def test_threads_and_callers_change_no_bit(name: str) -> None:
-    x, blocks, patch = drawn(name, torch.float32)
-    weights, threads = packed(blocks, torch.float32), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tokens", "mixed", "few tokens, shared out by outputs"])
+def test_threads_and_callers_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    x, blocks, patch = drawn(name, dtype)
+    weights, threads = packed(blocks, dtype), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = op.run(x, weights, patch)
