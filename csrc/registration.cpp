@@ -14,6 +14,7 @@
 #include "memory/op.h"
 #include "packed/op.h"
 #include "patch/op.h"
+#include "patch_embedding/op.h"
 #include "separable/op.h"
 #include "tokens/op.h"
 
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("pairwise_box_cost", TORCH_BOX(&vitkernels::pairwise_box_cost));
   m.impl("patch_attention", TORCH_BOX(&vitkernels::patch_attention));
   m.impl("patch_attention_backward", TORCH_BOX(&vitkernels::patch_attention_backward));
+  m.impl("patch_embedding", TORCH_BOX(&vitkernels::patch_embedding));
   m.impl("re_attention", TORCH_BOX(&vitkernels::re_attention));
   m.impl("re_attention_backward", TORCH_BOX(&vitkernels::re_attention_backward));
   m.impl("separable_attention", TORCH_BOX(&vitkernels::separable_attention));

@@ -161,24 +161,48 @@ struct Forward {
   }
 
   // Whether input() fills its buffer.
-  bool copies() const { return a.norm != Norm::kNone || !std::is_same_v<S, Left>; }
+  bool copies() const { return a.norm != Norm::kNone || a.patches || !std::is_same_v<S, Left>; }
   int64_t input_row() const { return copies() ? a.in : a.x_row; }
+
+  // A patch, copied to `out`, which is returned.
+  const S* gather(int64_t token, S* out) const {
+    const Patches& p = *a.patches;
+    const int64_t place = token % (a.height * a.width);
+    const S* corner = static_cast<const S*>(p.image.data) + token / (a.height * a.width) * p.image.batch_stride +
+                      place / a.width * p.height * p.image.height_stride + place % a.width * p.width * p.image.width_stride;
+    S* to = out;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      for (int64_t i = 0; i < p.height; ++i, to += p.width) {
+        const S* line = corner + c * p.image.dim_stride + i * p.image.height_stride;
+        if (p.image.width_stride == 1) {
+          std::memcpy(to, line, static_cast<size_t>(p.width) * sizeof(S));
+        } else {
+          for (int64_t j = 0; j < p.width; ++j) to[j] = line[j * p.image.width_stride];
+        }
+      }
+    }
+    return out;
+  }
 
   // Tokens [first, first + count) of all samples as left operands, normalised: their own memory where there is nothing to do, else `buffer`. They are input_row()
   // apart.
   const Left* input(int64_t first, int64_t count, Left* buffer) const {
     if constexpr (std::is_same_v<S, Left>) {
-      if (a.norm == Norm::kNone) return x + first * a.x_row;
-    } else {
-      if (a.norm == Norm::kNone) {
-        for (int64_t t = 0; t < count; ++t) upcast(x + (first + t) * a.x_row, a.in, buffer + t * a.in);
-        return buffer;
-      }
+      if (!copies()) return x + first * a.x_row;
     }
+    Buffer<S> patch(a.patches ? a.in : 0);
     const T *weight = static_cast<const T*>(a.norm_weight), *bias = static_cast<const T*>(a.norm_bias);
     for (int64_t t = 0; t < count; ++t) {
-      const S* token = x + (first + t) * a.x_row;
+      const S* token = a.patches ? gather(first + t, patch) : x + (first + t) * a.x_row;
       Left* out = buffer + t * a.in;
+      if (a.norm == Norm::kNone) {
+        if constexpr (std::is_same_v<S, Left>) {
+          std::memcpy(out, token, static_cast<size_t>(a.in) * sizeof(S));
+        } else {
+          upcast(token, a.in, out);
+        }
+        continue;
+      }
       T mean, inverse;
       if (a.norm == Norm::kToken) {
         const auto [m, squares] = token_moments(token);

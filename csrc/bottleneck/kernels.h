@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/map.h"
 
 namespace vitkernels::bottleneck {
 
@@ -15,12 +16,19 @@ enum class Norm : int64_t { kNone, kToken, kSample };
 // Output channels of a weight panel: the kernels read [panels][depth][kPanel], zeros where there is no channel.
 constexpr int64_t kPanel = 32;
 
+// Tokens that are the patches of an image [batch, channels, ..], each [channels][height][width] as a convolution's weight has them.
+struct Patches {
+  Map image;
+  int64_t channels, height, width;
+};
+
 // x [batch, height, width, in], y [batch, out_height, out_width, out], dense but for the distance of their tokens. All weights and biases are of the arithmetic type; biases and the depthwise
 // weight are padded with zeros to whole panels.
 struct Bottleneck {
   Dtype dtype;
   int64_t batch, height, width, in, hidden, out;
   const void* x;
+  const Patches* patches;  // in the place of x, without a depthwise convolution; null: none
   int64_t x_row, y_row;  // elements from a token to the next one, of x, and of y and the residual; in and out but for tokens that go without a depthwise convolution
   Norm norm;
   double eps;

@@ -130,7 +130,7 @@ LAYERS = ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
 def test_authors_layers(before: bool, training: bool) -> None:
     images = zoo.photos(64)
     original, accelerated, handle = pair(detr.authors_detr(normalize_before=before), images)
-    assert [r.path for r in handle.replaced] == LAYERS and not handle.skipped
+    assert [r.path for r in handle.replaced] == ["patches", *LAYERS] and not handle.skipped
     zoo.assert_same(original, accelerated, images, training=training)
     assert not handle.fallbacks
 
@@ -206,7 +206,7 @@ def test_hook_that_wants_the_maps_gets_them() -> None:
 
     model.decoder[1].multihead_attn.register_forward_hook(keep)
     handle = vitkernels.accelerate(model)
-    assert [r.path for r in handle.replaced] == LAYERS[:3]
+    assert [r.path for r in handle.replaced] == ["patches", *LAYERS[:3]]
     assert "hook" in reasons(handle)["decoder.1"] and "attention maps may be wanted" in reasons(handle)["decoder.1"]
     model.decoder[0].multihead_attn.register_forward_hook(keep)  # later
     model(images)

@@ -51,6 +51,7 @@ def test_adapter(memories: int, measure: zoo.Measure, training: bool, images: Te
     original, accelerated, handle = pair(adapter(memories), images)
     assert [(r.path, r.op) for r in handle.replaced] == [
         ("", "memory_attention"),
+        ("vit.to_patch_embedding", "patch_embedding"),
         *((f"vit.transformer.layers.{i}.0", "attention") for i in range(2)),
     ]
     assert not handle.skipped

@@ -23,7 +23,7 @@ def test_model(options: dict[str, float], training: bool) -> None:
     original = zoo.settle(zoo.cvnets_model(**options), images)
     accelerated = copy.deepcopy(original)
     handle = vitkernels.accelerate(accelerated)
-    assert [r.path for r in handle.replaced] == ["attentions.0", "attentions.1"]
+    assert [r.path for r in handle.replaced] == ["stem", "attentions.0", "attentions.1"]
     zoo.assert_same(original, accelerated, images, training=training)
     assert not handle.fallbacks
 
@@ -113,7 +113,7 @@ def test_cream_model(measure: zoo.Measure, training: bool, route: dict[str, str]
     original = zoo.settle(zoo.cream_model(), images)
     accelerated = copy.deepcopy(original)
     handle = vitkernels.accelerate(accelerated, **route)
-    assert {r.path for r in handle.replaced} == {"first.attn", "second.attn"} | (set() if route else {"first", "second"})
+    assert {r.path for r in handle.replaced} == {"first.attn", "second.attn"} | (set() if route else {"first", "second", "stem"})
     assert list(accelerated.state_dict()) == list(original.state_dict())
     zoo.assert_same(original, accelerated, images, training=training, measure=measure)
     assert not handle.fallbacks
@@ -129,7 +129,7 @@ def test_cream_reparameterised() -> None:
                     layers[i] = nn.utils.fusion.fuse_conv_bn_eval(layer.c, layer.bn)
     accelerated = copy.deepcopy(original)
     handle = vitkernels.accelerate(accelerated)
-    assert len(handle.replaced) == 4
+    assert len(handle.replaced) == 5
     for measure in (zoo.inference, evaluated):
         zoo.assert_same(original, accelerated, images, training=False, measure=measure)
     assert not handle.fallbacks

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vitkernels.integrations import blocks, folded, learnable_memory, mobilevit, official, timm, transformers, vit_pytorch
+from vitkernels.integrations import blocks, folded, learnable_memory, mobilevit, official, patch_embedding, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
 _TABLE: dict[str, type[Fused]] = {
@@ -129,7 +129,8 @@ def accelerate(
     float32, and in bfloat16 where the CPU multiplies in it, their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are
     kept under the same rule. So are the packed weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass
     there, and of whole transformer blocks (timm's ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``,
-    ``DeiTLayer`` and ``Dinov2Layer``), which are one call, however many follow one another.
+    ``DeiTLayer`` and ``Dinov2Layer``), which are one call, however many follow one another, and of patch embeddings (a ``Conv2d`` whose stride is its
+    kernel, from 7 pixels on; vit_pytorch's ``Sequential``).
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the
@@ -230,10 +231,9 @@ def _find(module: nn.Module) -> tuple[type[Fused], str, str | None] | None:
         return mixin, qualified(published(original)), "already accelerated"
     if name in _TABLE:
         return _TABLE[name], name, None
-    if (by_attributes := official.match(module)) is not None:
-        return by_attributes, name, None
-    if (sequence := blocks.match(module)) is not None:
-        return sequence, name, None
+    for match in (official.match, blocks.match, patch_embedding.match):
+        if (by_content := match(module)) is not None:
+            return by_content, name, None
     for base in cls.__mro__[1:]:
         if qualified(base) in _TABLE:
             return _TABLE[qualified(base)], name, f"a subclass of {base.__name__}, which may compute something else"

@@ -1,0 +1,1 @@
+"""The projection of an image's patches, for inference."""
