@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import vitkernels
 from vitkernels import backends
@@ -18,7 +19,7 @@ from vitkernels.accuracy import compare_tensors
 from vitkernels.ops.bottleneck.op import bfloat16_products
 
 from .. import zoo
-from ..zoo import assert_follows, assert_right, infer
+from ..zoo import assert_follows, assert_right, infer, reasons
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -306,7 +307,7 @@ _TOWER = {**_SMALL, "image_size": 32, "patch_size": 8}
 
 @pytest.mark.parametrize(("name", "act"), [("CLIP", "quick_gelu"), ("Siglip", "gelu_pytorch_tanh"), ("Siglip", "gelu_python_tanh")])
 def test_vision_towers(name: str, act: str) -> None:
-    """CLIP's and SigLIP's: a layer a call in evaluation, the attention in training, the original activation where it is none of PyTorch's."""
+    """CLIP's and SigLIP's: all layers a call in evaluation, the attention in training, the original activation where it is none of PyTorch's."""
     import transformers as package
 
     torch.manual_seed(0)
@@ -315,6 +316,7 @@ def test_vision_towers(name: str, act: str) -> None:
     original, accelerated, handle = zoo.pair(model, images)
     replaced = [r.op for r in handle.replaced if "layers" in r.path]
     assert replaced.count("attention") == 2 and replaced.count("transformer_blocks") == (0 if "python" in act else 2)
+    assert ("its layer 0 is not replaced" in reasons(handle).values()) == ("python" in act)
     original.eval(), accelerated.eval()
 
     def tokens(model: nn.Module, images: Tensor) -> Tensor:
@@ -325,6 +327,53 @@ def test_vision_towers(name: str, act: str) -> None:
     assert compare_tensors("tokens", tokens(accelerated, images), tokens(original, images), exact).holds and not handle.fallbacks
     measure = functools.partial(zoo.results, call=lambda model, x: model(x).last_hidden_state)
     zoo.assert_same(original, accelerated, images, training=True, measure=measure)
+
+
+TOWERS = {"CLIP": "CLIPVision", "Siglip": "SiglipVision", "Dinov2": "Dinov2", "ViT": "ViT", "DeiT": "DeiT"}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_all_layers_of_a_tower_are_one_call(name: str) -> None:
+    """Unless a call wants more than the result, or a layer is another; and what it returns is what the original returns."""
+    import transformers as package
+
+    torch.manual_seed(0)
+    kind = TOWERS[name]
+    model = getattr(package, f"{kind}Model")(getattr(package, f"{kind}Config")(**_TOWER, hidden_act="gelu"))
+    images = zoo.photos(32)
+    original, accelerated, handle = zoo.pair(model, images)
+    original.eval(), accelerated.eval()
+    exact = copy.deepcopy(original).double()
+
+    def same(calls: int, **options: Any) -> None:
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            found = accelerated(images, **options)
+        with torch.inference_mode():
+            eager, truth = original(images, **options), exact(images.double(), **options)
+        assert type(found) is type(eager)
+        for mine, theirs, right in zip(pytree.tree_leaves(found), pytree.tree_leaves(eager), pytree.tree_leaves(truth), strict=True):
+            assert compare_tensors("tensor", mine, theirs, right).holds
+        assert sum(event.count for event in profile.key_averages() if event.key == "vitkernels::transformer_blocks") == calls
+
+    same(1)
+    same(1, output_hidden_states=False)
+    if name in ("ViT", "DeiT"):
+        same(2, return_dict=False)
+        same(1, return_dict=True)
+        same(1, bool_masked_pos=None)
+    assert not handle.fallbacks
+    same(0, output_hidden_states=True)
+    same(0)  # the hooks that collect what is to be recorded, attention maps, too, stay
+    handle.remove()
+    assert [type(m) for m in accelerated.modules()] == [type(m) for m in original.modules()]
+
+
+def test_layers_that_are_left_alone_leave_the_encoder_alone() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(**_TOWER))
+    handle = vitkernels.accelerate(model, skip="layers.1", dry_run=True)
+    assert reasons(handle)[""] == "its layer 1 is not replaced"
 
 
 def test_a_text_tower_is_causal_still() -> None:

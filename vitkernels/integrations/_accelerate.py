@@ -128,8 +128,8 @@ def accelerate(
     and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. In
     float32, and in bfloat16 where the CPU multiplies in it, their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are
     kept under the same rule. So are the packed weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass
-    there, and of whole transformer blocks (timm's ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, transformers' ``ViTLayer``,
-    ``DeiTLayer`` and ``Dinov2Layer``), which are one call, however many follow one another, and of patch embeddings (a ``Conv2d`` whose stride is its
+    there, and of whole transformer blocks (timm's ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, the layers of
+    transformers' ViT, DeiT, DINOv2, CLIP and SigLIP), which are one call, however many follow one another, and of patch embeddings (a ``Conv2d`` whose stride is its
     kernel, from 7 pixels on; vit_pytorch's ``Sequential``).
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention

@@ -9,7 +9,7 @@ replacements, for calls that the original of the block has to make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, original_name
 from vitkernels.integrations.dense import Patch
-from vitkernels.integrations.folded import TRANSFORMERS_VITS, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
+from vitkernels.integrations.folded import TRANSFORMERS_VITS, Evaluated, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one
@@ -270,6 +270,10 @@ class TransformersBlock(_OfTokens):
 
     @classmethod
     def _vk_plan(cls, module: Any) -> Plan:
+        return _plan(cls._vk_block(module))
+
+    @classmethod
+    def _vk_block(cls, module: Any) -> Block:
         attention, own = cls._vk_attention(module), module._modules
         if original_name(attention) != original_name(module).removesuffix("Layer").removesuffix("Encoder") + "Attention":
             raise UnfitError(f"its attention is a {type(attention).__name__}")
@@ -283,22 +287,92 @@ class TransformersBlock(_OfTokens):
         inputs = tuple(_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
         if len({layer.module.weight.shape for layer in inputs}) > 1:
             raise UnfitError("its queries have not as many channels as its keys and values")
-        block = Block(
+        return Block(
             bottleneck(SideBySide(inputs), norm=token_norm(before)),
             softmax(inputs[0].module.weight.shape[0] // attention.head_dim, attention_interface.scale_of(attention)),
             bottleneck(_linear(attention_interface.projection_of(attention), scales[0])),
             mlp_layers(module.mlp, after, scales[1]),
         )
-        return _plan(block)
+
+
+class TransformersBlocks(TransformersBlock):
+    """``CLIPEncoder``, ``SiglipEncoder`` and ``Dinov2Encoder``: all layers, which otherwise go one by one."""
+
+    # transformers looks up by the class's name what of a model can be recorded.
+    _vk_same_name: ClassVar[bool] = True
+
+    @classmethod
+    def _vk_layers(cls, module: Any) -> nn.ModuleList:
+        return attention_interface.either(module._modules, "layers", "layer")
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        for name, layer in cls._vk_layers(module).named_children():
+            if not issubclass(role(layer), TransformersBlock):
+                return f"its layer {name} is not replaced"
+        return super()._vk_why_not(module, role)
+
+    @classmethod
+    def _vk_settings(cls, module: Any) -> Any:
+        return [TransformersBlock._vk_settings(layer) for layer in cls._vk_layers(module) if original_name(layer) in _TRANSFORMERS_LAYERS]
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        for name, layer in cls._vk_layers(module).named_children():
+            if original_name(layer) not in _TRANSFORMERS_LAYERS:
+                raise UnfitError(f"its layer {name} is a {type(layer).__name__}")
+        return _plan(*map(TransformersBlock._vk_block, cls._vk_layers(module)))
+
+    def _vk_left(self, reason: str) -> None:
+        """Layers one by one are no fall-back to report; one that runs its original does so itself."""
+
+    def _vk_alone(self, others: Iterable[Any], options: dict[str, Any]) -> bool:
+        """Whether a call asks for no more than the tokens, as no tuple: what else there is transformers collects by hooks on the layers."""
+        config = self.config
+        recorded = [getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")]
+        as_tuple = options.get("return_dict", getattr(config, "return_dict", True)) is False
+        asked = (value for name, value in options.items() if name != "return_dict")
+        return not as_tuple and all(value is None or value is False for value in (*others, *asked, *recorded))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's arguments and result."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        options = dict(kwargs)
+        tokens, *others = args or (options.pop("inputs_embeds", options.pop("hidden_states", None)),)
+        y = self._vk_folded(tokens) if self._vk_alone(others, options) else None
+        return super(Evaluated, self).forward(*args, **kwargs) if y is None else BaseModelOutput(last_hidden_state=y)
+
+
+class TransformersModel(TransformersBlocks):
+    """``ViTModel`` and ``DeiTModel``, whose layers are the model's own."""
+
+    def forward(self, pixel_values: Any = None, bool_masked_pos: Any = None, interpolate_pos_encoding: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The original's arguments and result."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        embeddings: Any = self.embeddings
+        first = (pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        y = None
+        if isinstance(pixel_values, Tensor) and not self.training and not torch.is_grad_enabled() and self._vk_alone(args, kwargs):
+            pixels = pixel_values.to(embeddings.patch_embeddings.projection.weight.dtype)
+            y = self._vk_folded(embeddings(pixels, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding))
+        if y is None:
+            return super(Evaluated, self).forward(*first, *args, **kwargs)
+        y = self.layernorm(y)
+        return BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=None if self.pooler is None else self.pooler(y))
 
 
 # The norms in front of attention and MLP.
 _BEFORE = ("layernorm_before", "norm1", "layer_norm1")
 _AFTER = ("layernorm_after", "norm2", "layer_norm2")
+_TRANSFORMERS_LAYERS = [name + layer for name, layer in TRANSFORMERS_VITS.items()]
 
 
 TABLE: dict[str, type[Fused]] = {
     _TIMM_BLOCK: TimmBlock,
     **{f"vit_pytorch.{name}.Transformer": VitPytorchTransformer for name in ("vit", "simple_vit", "deepvit")},
-    **{name + layer: TransformersBlock for name, layer in TRANSFORMERS_VITS.items()},
+    **dict.fromkeys(_TRANSFORMERS_LAYERS, TransformersBlock),
+    **{name + "Encoder": TransformersBlocks for name in TRANSFORMERS_VITS if name.endswith(("CLIP", "Siglip", "Dinov2"))},
+    **{name + "Model": TransformersModel for name in TRANSFORMERS_VITS if name.endswith(("ViT", "DeiT"))},
 }
