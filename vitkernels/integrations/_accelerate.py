@@ -126,11 +126,12 @@ def accelerate(
 
     On the CPU, the convolutions of MobileViT and MobileViTv2 (timm's, transformers') run with their norms folded in while the model is in evaluation
     and no gradient is wanted (``torch.no_grad`` or ``torch.inference_mode``): inverted residuals in one pass, results in channels_last memory. In
-    float32, and in bfloat16 where the CPU multiplies in it, their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are
-    kept under the same rule. So are the packed weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass
-    there, and of whole transformer blocks (timm's ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, the layers of
-    transformers' ViT, DeiT, DINOv2, CLIP and SigLIP), which are one call, however many follow one another, and of patch embeddings (a ``Conv2d`` whose stride is its
-    kernel, from 7 pixels on; vit_pytorch's ``Sequential``).
+    float32, and in 16 bits unless oneDNN has products in them that the kernels have not (in bfloat16 where the CPU multiplies in it, in float16 where
+    it does not), their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are kept under the same rule. So are the packed
+    weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass there; of whole transformer blocks (timm's
+    ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, the layers of transformers' ViT, DeiT, DINOv2, CLIP and SigLIP), which are
+    one call, however many follow one another; and of patch embeddings (a ``Conv2d`` whose stride is its kernel, from 7 pixels on; vit_pytorch's
+    ``Sequential``).
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the

@@ -21,7 +21,7 @@ from vitkernels.integrations.dense import Patch
 from vitkernels.integrations.folded import TRANSFORMERS_VITS, Evaluated, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
-from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one
+from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one, onednn
 from vitkernels.ops import _define
 from vitkernels.ops.blocks import op, reference
 from vitkernels.ops.blocks.reference import Mixing, Pass, Softmax
@@ -105,7 +105,7 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
     def bind_all(dtype: torch.dtype) -> Run | str:
         if (reason := left_to_pytorch(dtype)) is not None:
             return reason
-        if dtype is torch.bfloat16 and any(block.scaled for block in blocks):
+        if dtype is torch.bfloat16 and onednn(dtype) and any(block.scaled for block in blocks):
             return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
         blocks_of, channels = bind(blocks, dtype), blocks[0].project_in.channels
 

@@ -227,22 +227,24 @@ class Convolution(NamedTuple):
 
     def bind(self, dtype: torch.dtype) -> Pass:
         """The pass with its weights folded for activations of ``dtype``."""
+        if dtype in (torch.bfloat16, torch.float16) and not onednn(dtype) and self.layer.dense:
+            return Dense(self.layer).bind(dtype)
         conv: Any = self.layer.module
         exact, exact_bias = self.layer.folded(_define.accumulation_dtype(dtype))
         weight, bias = exact.to(dtype), None if exact_bias is None else exact_bias.to(dtype)
         places = (conv.padding, conv.stride, conv.dilation)
         activation = ACTIVATIONS[self.layer.activation]
         known = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and self.layer.activation in _ONEDNN
-        if not known or not _onednn(dtype) or self.layer.depth > _SHORT:
+        if not known or not onednn(dtype) or self.layer.depth > _SHORT:
             return lambda x: activation(conv._conv_forward(x, weight, bias))
-        onednn, packed = torch.ops.mkldnn, None
+        kernels, packed = torch.ops.mkldnn, None
 
         def run(x: Tensor) -> Tensor:
             nonlocal packed
             x = x.contiguous(memory_format=torch.channels_last)
             if packed is None:  # for the first size it sees; oneDNN runs any other with it, too
-                packed = onednn._reorder_convolution_weight(weight, *map(list, places), conv.groups, list(x.shape))
-            return onednn._convolution_pointwise(x, packed, bias, *map(list, places), conv.groups, *_ONEDNN[self.layer.activation])
+                packed = kernels._reorder_convolution_weight(weight, *map(list, places), conv.groups, list(x.shape))
+            return kernels._convolution_pointwise(x, packed, bias, *map(list, places), conv.groups, *_ONEDNN[self.layer.activation])
 
         return run
 
@@ -256,8 +258,8 @@ _ONEDNN: dict[str, tuple[str, list[Any], str | None]] = {
 }
 
 
-def _onednn(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's oneDNN convolves in this dtype here."""
+def onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's oneDNN multiplies and convolves in this dtype here. In 16 bits what PyTorch does without it is several times slower."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype is torch.bfloat16:
