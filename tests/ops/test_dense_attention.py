@@ -150,16 +150,16 @@ def test_a_captured_graph_reads_what_was_made_before_it(monkeypatch: pytest.Monk
         q: Any = SimpleNamespace(shape=(1, 2, tokens, 8), device=torch.device("cpu"), is_cuda=True)
         return triton._places(q, q)
 
-    monkeypatch.setattr(triton, "_made", {})
-    monkeypatch.setattr(triton, "_captured", {})
+    made = type(triton._made)()
+    monkeypatch.setattr(triton, "_made", made)
     first = places(5)
     assert all(a is b for a, b in zip(places(5), first, strict=True))
     assert all(a is b for a, b in zip(places(5, capturing=True), first, strict=True))
     alone = places(6, capturing=True)
     assert places(6, capturing=True)[0] is not alone[0], "memory of one graph"
-    for tokens in range(10, 10 + triton._MOST_MADE):
+    for tokens in range(10, 10 + made.MOST):
         places(tokens)
-    assert len(triton._made) == triton._MOST_MADE and places(5)[0] is not first[0]
+    assert len(made.made) == made.MOST and places(5)[0] is not first[0]
     assert all(a is b for a, b in zip(places(5, capturing=True), first, strict=True))
 
 

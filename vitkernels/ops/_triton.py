@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -15,6 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # The interpreter's tl.dot is wrong on bf16 operands and its conversions to bf16 truncate; a GPU has neither fault, and the flag is off there.
 INTERPRET = bool(triton.knobs.runtime.interpret)
+_T = TypeVar("_T")
 
 
 # --- pieces of kernels -------------------------------------------------------------------------------------------------------------
@@ -63,6 +66,34 @@ def add_product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 def relu(value):
     """Relu that keeps NaN, as PyTorch's does."""
     return tl.where(value <= 0, 0.0, value)
+
+
+@triton.jit
+def load_rows(x, start, m_row, stride_t, o_d, m_d, stride_d, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """[BLOCK, columns]: the rows from ``start`` on, 0 where not wanted."""
+    o_x = wide(tl.arange(0, BLOCK), WIDE)[:, None] * stride_t + wide(o_d, WIDE)[None, :] * stride_d
+    return tl.load(x + tl.cast(start, tl.int64) * stride_t + o_x, mask=m_row[:, None] & m_d[None, :], other=0.0)
+
+
+@triton.jit
+def load_lse(lse, o_m, m_m):
+    """The logsumexp of queries in two fp32 pieces, +inf for those that see nothing (theirs is -inf), so that their weights come out as 0.
+
+    In one piece the rounding of a large one would be an error of 1e-6 in every weight.
+    """
+    b_lse = tl.load(lse + o_m, mask=m_m, other=float("-inf"))  # fp64
+    b_high = b_lse.to(tl.float32)
+    m_blind = b_high == float("-inf")
+    b_low = tl.where(m_blind, 0.0, (b_lse - b_high.to(tl.float64)).to(tl.float32))
+    return tl.where(m_blind, float("inf"), b_high), b_low
+
+
+@triton.jit
+def philox(seed, o_q, o_k, i_h, limit):
+    """Which weights four queries keep, one bit each: packed attention's ``reference.keep_mask`` at query rows 4 o_q to 4 o_q + 3 and key rows o_k."""
+    limit = tl.cast(limit, tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), o_k, o_q, i_h, 0)
+    return (a > limit).to(tl.int32) | (b > limit).to(tl.int32) << 1 | (c > limit).to(tl.int32) << 2 | (d > limit).to(tl.int32) << 3
 
 
 @triton.jit
@@ -120,6 +151,14 @@ class Tile(NamedTuple):
         """All of it, as a kernel's keyword arguments. The register limit is an option of CUDA's compiler only."""
         limit = {} if self.registers is None or torch.version.hip is not None else {"maxnreg": self.registers}
         return {**self.blocks, **limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def fill(tile: Tile, edge: str, rows: int, beside: int, device: torch.device) -> Tile:
+    """The tile with as few as 16 rows, while the GPU would not be filled by so many rows ``beside`` each other."""
+    block = tile.blocks[edge]
+    while block > 16 and cdiv(rows, block) * beside < processors(device):
+        block //= 2
+    return tile._replace(blocks={**tile.blocks, edge: block})
 
 
 # --- launches ----------------------------------------------------------------------------------------------------------------------
@@ -200,3 +239,29 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+class Made:
+    """Small tensors that all calls of a kind read: of the last few kinds, and of those in a CUDA graph, which reads them whenever it is replayed."""
+
+    MOST = 64
+
+    def __init__(self) -> None:
+        self.made: dict[Any, Any] = {}
+        self._captured: dict[Any, Any] = {}
+        self._making = threading.Lock()
+
+    def get(self, key: Any, like: Tensor, make: Callable[[], _T]) -> _T:
+        """What is kept under ``key``, or else made; for a call on tensors like this one."""
+        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+        found = self.made.get(key)
+        if found is None:
+            found = make()
+            if not capturing:  # what is made while a graph is captured is memory of that graph
+                with self._making:
+                    while len(self.made) >= self.MOST:
+                        del self.made[next(iter(self.made))]
+                    self.made[key] = found
+        elif capturing:  # it stays
+            found = self._captured.setdefault(key, found)
+        return found

@@ -6,12 +6,12 @@ projection, and copied elsewhere. Padding goes into the bias. Shared keys are co
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from vitkernels.ops._triton import Made
 from vitkernels.ops.packed import layout
 from vitkernels.ops.packed import triton as packed
 
@@ -137,28 +137,13 @@ def _table(bias: Tensor | None, key_padding: Tensor | None, q: Tensor, k: Tensor
 def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
     """Cumulative lengths of the queries and the keys, no number of keys in use, and the work list."""
     key = (q.shape[0], q.shape[2], k.shape[2], q.device)
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = _made.get(key)
-    if found is None:
-        found = _even(*key)
-        if not capturing:  # what is made while a graph is captured is memory of that graph
-            with _making:
-                while len(_made) >= _MOST_MADE:
-                    del _made[next(iter(_made))]
-                _made[key] = found
-    elif capturing:  # the graph reads it whenever it is replayed: it stays
-        found = _captured.setdefault(key, found)
-    return found[0], found[1], None, found[2]
+    cu_q, cu_k, work = _made.get(key, q, lambda: _even(*key))
+    return cu_q, cu_k, None, work
 
 
-_Key = tuple[int, int, int, torch.device]
-_Places = tuple[Tensor, Tensor, Tensor]
-_made: dict[_Key, _Places] = {}
-_captured: dict[_Key, _Places] = {}
-_making = threading.Lock()
-_MOST_MADE = 64
+_made = Made()
 
 
-def _even(batch: int, queries: int, keys: int, device: torch.device) -> _Places:
+def _even(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=device) * n for n in (queries, keys))
     return cu_q, cu_k, layout.work_list(cu_q, cu_k, None, batch * queries, batch * keys)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.ops import _triton as shared
-from vitkernels.ops._triton import LOG2E, Tile, cast, dot, wide
+from vitkernels.ops._triton import LOG2E, Tile, cast, dot, load_lse, load_rows, philox, wide
 from vitkernels.ops.packed import layout, reference
 
 TILE = tl.constexpr(layout.TILE)
@@ -69,13 +69,6 @@ def _in_use(ranges, o_row, last, GAPS: tl.constexpr):
     if GAPS:
         m_row = tl.load(ranges + 2 * o_row, mask=m_row, other=0) < tl.load(ranges + 2 * o_row + 1, mask=m_row, other=0)
     return m_row
-
-
-@triton.jit
-def _load_rows(x, start, m_row, stride_t, o_d, m_d, stride_d, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """[BLOCK, columns]: the rows from ``start`` on, 0 where not wanted."""
-    o_x = wide(tl.arange(0, BLOCK), WIDE)[:, None] * stride_t + wide(o_d, WIDE)[None, :] * stride_d
-    return tl.load(x + tl.cast(start, tl.int64) * stride_t + o_x, mask=m_row[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit
@@ -223,24 +216,16 @@ def _bias_of(bias, o_row, b_first, o_column, b_begin, m_seen, stride_row, stride
 
 
 @triton.jit
-def _philox(seed, o_q, o_k, i_h, limit):
-    """Which weights four queries keep, one bit each: ``reference.keep_mask`` at query rows 4 o_q to 4 o_q + 3 and key rows o_k."""
-    limit = tl.cast(limit, tl.uint32)
-    a, b, c, d = tl.philox(tl.load(seed), o_k, o_q, i_h, 0)
-    return (a > limit).to(tl.int32) | (b > limit).to(tl.int32) << 1 | (c > limit).to(tl.int32) << 2 | (d > limit).to(tl.int32) << 3
-
-
-@triton.jit
 def _kept(seed, start_q, o_k, i_h, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_M, BLOCK_N]: which weights dropout keeps, for queries from ``start_q`` on, a multiple of 4."""
-    b_bits = _philox(seed, (start_q // 4 + tl.arange(0, BLOCK_M // 4))[:, None], o_k[None, :], i_h, limit)  # [BLOCK_M / 4, BLOCK_N]
+    b_bits = philox(seed, (start_q // 4 + tl.arange(0, BLOCK_M // 4))[:, None], o_k[None, :], i_h, limit)  # [BLOCK_M / 4, BLOCK_N]
     return tl.reshape((b_bits[:, None, :] >> tl.arange(0, 4)[None, :, None]) & 1, [BLOCK_M, BLOCK_N]) != 0
 
 
 @triton.jit
 def _kept_transposed(seed, start_q, o_k, i_h, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_N, BLOCK_M]: the same, a key a row."""
-    b_bits = _philox(seed, (start_q // 4 + tl.arange(0, BLOCK_M // 4))[None, :], o_k[:, None], i_h, limit)  # [BLOCK_N, BLOCK_M / 4]
+    b_bits = philox(seed, (start_q // 4 + tl.arange(0, BLOCK_M // 4))[None, :], o_k[:, None], i_h, limit)  # [BLOCK_N, BLOCK_M / 4]
     return tl.reshape((b_bits[:, :, None] >> tl.arange(0, 4)[None, None, :]) & 1, [BLOCK_N, BLOCK_M]) != 0
 
 
@@ -253,19 +238,6 @@ def _scaled_values(b_v, keep_scale):
     if b_v.dtype == tl.float32:
         return b_v * keep_scale, 1.0
     return b_v, keep_scale
-
-
-@triton.jit
-def _load_lse(lse, o_m, m_m):
-    """The logsumexp of queries in two fp32 pieces, +inf for those that see nothing (theirs is -inf), so that their weights come out as 0.
-
-    In one piece the rounding of a large one would be an error of 1e-6 in every weight.
-    """
-    b_lse = tl.load(lse + o_m, mask=m_m, other=float("-inf"))  # fp64
-    b_high = b_lse.to(tl.float32)
-    m_blind = b_high == float("-inf")
-    b_low = tl.where(m_blind, 0.0, (b_lse - b_high.to(tl.float64)).to(tl.float32))
-    return tl.where(m_blind, float("inf"), b_high), b_low
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -350,7 +322,7 @@ def varlen_attention_fwd_kernel(
     k += i_hk * stride_kh
     v += i_hk * stride_vh
 
-    b_q = _load_rows(q + i_h.to(tl.int64) * stride_qh, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(q + i_h.to(tl.int64) * stride_qh, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
     b_q, b_q_sum, b_q_offset = _folded(b_q, m_m, q_weight, q_bias, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -359,7 +331,7 @@ def varlen_attention_fwd_kernel(
         for n in tl.range(whole if EDGE else first, last if EDGE else whole, BLOCK_N, disable_licm=True):
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = _in_use(q_ranges, o_n, last, GAPS and EDGE)
-            b_k = _load_rows(k, n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(k, n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
             b_s, _, _ = _scores(b_q, b_q_sum, b_q_offset, b_k, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
             if EDGE:
                 m_mn = m_sees[:, None] & (o_n[None, :] >= b_begin[:, None]) & (o_n[None, :] < b_end[:, None])
@@ -373,7 +345,7 @@ def varlen_attention_fwd_kernel(
             b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
             if seed is not None:
                 b_p = tl.where(_kept(seed, start_m, o_n, i_h, drop_limit, BLOCK_M, BLOCK_N), b_p, 0.0)
-            b_v = _load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+            b_v = load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
             b_out = dot(cast(b_p, b_v.dtype, INTERPRET), b_v, b_out * b_rescale[:, None], PRECISION, INTERPRET)
             b_max = b_new
 
@@ -421,8 +393,8 @@ def varlen_attention_bwd_delta_kernel(
     m_m = o_m < total_q
     o_dv = tl.arange(0, BLOCK_DV)
     m_dv = o_dv < DV
-    b_g = _load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
-    b_o = _load_rows(out + i_h * DV, start_m, m_m, heads * DV, o_dv, m_dv, 1, BLOCK_M, False)
+    b_g = load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
+    b_o = load_rows(out + i_h * DV, start_m, m_m, heads * DV, o_dv, m_dv, 1, BLOCK_M, False)
     b_products = dot(b_g, tl.trans(b_o), tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32), PRECISION, INTERPRET)
     m_diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
     b_delta = tl.sum(tl.where(m_diagonal, b_products, 0.0), axis=1)
@@ -520,10 +492,10 @@ def varlen_attention_bwd_query_kernel(
     q += i_h.to(tl.int64) * stride_qh
     grad_out += i_h.to(tl.int64) * stride_gh
 
-    b_q = _load_rows(q, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(q, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
     b_q, b_q_sum, b_q_offset = _folded(b_q, m_m, q_weight, q_bias, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET)
-    b_g = _load_rows(grad_out, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
-    b_high, b_low = _load_lse(lse + i_h.to(tl.int64) * total_q, o_m, m_m)  # [BLOCK_M]
+    b_g = load_rows(grad_out, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
+    b_high, b_low = load_lse(lse + i_h.to(tl.int64) * total_q, o_m, m_m)  # [BLOCK_M]
     b_delta = tl.load(delta + i_h.to(tl.int64) * total_q + o_m, mask=m_m, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_means = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -532,7 +504,7 @@ def varlen_attention_bwd_query_kernel(
         for n in tl.range(whole if EDGE else first, last if EDGE else whole, BLOCK_N, disable_licm=True):
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = _in_use(q_ranges, o_n, last, GAPS and EDGE)
-            b_k = _load_rows(k, n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(k, n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
             b_s, b_mean, b_factor = _scores(b_q, b_q_sum, b_q_offset, b_k, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
             if EDGE:
                 m_mn = m_sees[:, None] & (o_n[None, :] >= b_begin[:, None]) & (o_n[None, :] < b_end[:, None])
@@ -540,7 +512,7 @@ def varlen_attention_bwd_query_kernel(
                     b_s += _bias_of(bias, o_m, b_first, o_n, b_begin, m_mn, stride_bm, stride_bn, stride_bs, bias_queries, WIDE)
                 b_s = tl.where(m_mn, b_s, float("-inf"))
             b_p = tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
-            b_v = _load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+            b_v = load_rows(v, n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
             if seed is not None:
                 b_v, rest_scale = _scaled_values(b_v, keep_scale)
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
@@ -552,7 +524,7 @@ def varlen_attention_bwd_query_kernel(
     b_dq = tl.where(m_sees[:, None], b_dq * scale, 0.0)
     if NORM > 0:
         b_dq = _unfolded(b_dq, b_means * scale, b_sums * scale, k_weight, k_bias, o_d, m_d, NORM)
-        b_x = _load_rows(q, start_m, m_sees, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)
+        b_x = load_rows(q, start_m, m_sees, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)
         o_part = (start_m // BLOCK_M * heads + i_h) * D
         b_dq = _norm_backward(b_dq, b_x, m_sees, q_weight, part_weight, part_bias, o_part, o_d, m_d, norm_eps, D, NORM)
     if grad_q is not None:
@@ -646,8 +618,8 @@ def varlen_attention_bwd_key_kernel(
         k_bias += i_hk * stride_kb
 
     k += i_hk.to(tl.int64) * stride_kh
-    b_x = _load_rows(k, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
-    b_v = _load_rows(v + i_hk.to(tl.int64) * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+    b_x = load_rows(k, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
+    b_v = load_rows(v + i_hk.to(tl.int64) * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
     if seed is not None:
         b_v, rest_scale = _scaled_values(b_v, keep_scale)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -673,7 +645,7 @@ def varlen_attention_bwd_key_kernel(
             for m in tl.range(whole if EDGE else first, last if EDGE else whole, BLOCK_M, disable_licm=True):
                 o_m = m + tl.arange(0, BLOCK_M)
                 m_m = _in_use(work, o_m, last, GAPS and EDGE)
-                b_q = _load_rows(q_head, m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
+                b_q = load_rows(q_head, m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
                 if SAME:
                     b_own, b_q_sum, b_q_offset = _folded(
                         b_q, m_m, q_weight_head, q_bias_head, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET
@@ -688,9 +660,9 @@ def varlen_attention_bwd_key_kernel(
                     if bias is not None:
                         b_s += _bias_of(bias + i_h * stride_bh, o_n, b_first, o_m, b_begin, m_nm, stride_bn, stride_bm, stride_bs, bias_keys, WIDE)
                     b_s = tl.where(m_nm, b_s, float("-inf"))
-                b_high, b_low = _load_lse(lse + i_h * total_q, o_m, m_m)
+                b_high, b_low = load_lse(lse + i_h * total_q, o_m, m_m)
                 b_p = tl.exp2(((b_s - b_high[None, :]) - b_low[None, :]) * LOG2E)  # [BLOCK_N, BLOCK_M]
-                b_g = _load_rows(g_head, m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
+                b_g = load_rows(g_head, m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
                 b_dropped = b_p
                 if seed is not None:
                     m_kept = _kept_transposed(seed, m, o_n, i_h.to(tl.int32), drop_limit, BLOCK_M, BLOCK_N)
@@ -714,7 +686,7 @@ def varlen_attention_bwd_key_kernel(
     if NEED_K:
         b_dk = tl.where(m_seen[:, None], b_dk * scale, 0.0)
         if NORM > 0:
-            b_x = _load_rows(k, start_n, m_seen, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)
+            b_x = load_rows(k, start_n, m_seen, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)
             o_part = (start_n // BLOCK_N * (heads // group) + i_hk) * D
             b_dk = _norm_backward(b_dk, b_x, m_seen, k_weight, part_weight, part_bias, o_part, o_d, m_d, norm_eps, D, NORM)
         if grad_k is not None:
@@ -822,21 +794,21 @@ def varlen_attention_bwd_bias_kernel(
             m_n = o_n < k_length
             start_m = q_begin + i_m * BLOCK_M
             start_n = k_begin + i_n * BLOCK_N
-            b_q = _load_rows(q + i_h * stride_qh, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
+            b_q = load_rows(q + i_h * stride_qh, start_m, m_m, stride_qt, o_d, m_d, stride_qd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_D]
             b_q, b_q_sum, b_q_offset = _folded(b_q, m_m, q_weight, q_bias, k_weight, k_bias, o_d, m_d, norm_eps, D, NORM, INTERPRET)
-            b_k = _load_rows(k + i_hk * stride_kh, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(k + i_hk * stride_kh, start_n, m_n, stride_kt, o_d, m_d, stride_kd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_D]
             b_s, _, _ = _scores(b_q, b_q_sum, b_q_offset, b_k, m_d, scale, norm_eps, D, NORM, PRECISION, INTERPRET)
             b_s += b_bias
-            b_high, b_low = _load_lse(lse + i_h * total_q, q_begin + o_m, m_m)
+            b_high, b_low = load_lse(lse + i_h * total_q, q_begin + o_m, m_m)
             b_p = tl.where(m_n[None, :], tl.exp2(((b_s - b_high[:, None]) - b_low[:, None]) * LOG2E), 0.0)  # [BLOCK_M, BLOCK_N]
-            b_g = _load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
-            b_v = _load_rows(v + i_hk * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
+            b_g = load_rows(grad_out + i_h * stride_gh, start_m, m_m, stride_gt, o_dv, m_dv, stride_gd, BLOCK_M, WIDE)  # [BLOCK_M, BLOCK_DV]
+            b_v = load_rows(v + i_hk * stride_vh, start_n, m_n, stride_vt, o_dv, m_dv, stride_vd, BLOCK_N, WIDE)  # [BLOCK_N, BLOCK_DV]
             if seed is not None:
                 b_v, rest_scale = _scaled_values(b_v, keep_scale)
             b_dp = dot(b_g, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION, INTERPRET)
             if seed is not None:
                 o_row = q_begin + o_m
-                b_bits = _philox(seed, (o_row // 4)[:, None], (k_begin + o_n)[None, :], i_h.to(tl.int32), drop_limit)
+                b_bits = philox(seed, (o_row // 4)[:, None], (k_begin + o_n)[None, :], i_h.to(tl.int32), drop_limit)
                 b_dp = tl.where((b_bits >> (o_row % 4)[:, None]) & 1 != 0, b_dp * rest_scale, 0.0)
             b_delta = tl.load(delta + i_h * total_q + q_begin + o_m, mask=m_m, other=0.0)
             b_sum += b_p * (b_dp - b_delta[:, None])
@@ -885,14 +857,6 @@ def _tile(block_m: int, block_n: int, num_warps: int, registers: int | None = No
 # --- launches ----------------------------------------------------------------------------------------------------------------------
 
 _WIDEST = 256  # head dim
-
-
-def _fill(tile: Tile, edge: str, rows: int, heads: int, device: torch.device) -> Tile:
-    """The tile with as few as 16 rows, while the GPU would not be filled."""
-    block = tile.blocks[edge]
-    while block > 16 and shared.cdiv(rows, block) * heads < shared.processors(device):
-        block //= 2
-    return tile._replace(blocks={**tile.blocks, edge: block})
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
@@ -1003,7 +967,7 @@ def varlen_attention(
     if work is None:
         work = layout.work_list(cu_seqlens_q, cu_seqlens_k, seqused_k, c.total_q, c.total_k)
     tile_of = query_tile if bias is not None and bias.dim() == 4 else forward_tile  # the sequence's place in a bias takes registers, too
-    tile = _fill(tile_of(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
+    tile = shared.fill(tile_of(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
     with shared.on(q):
         shared.launch(
             varlen_attention_fwd_kernel,
@@ -1073,7 +1037,7 @@ def varlen_attention_backward(
                 **{name: c.constants[name] for name in ("BLOCK_DV", "WIDE", "PRECISION", "INTERPRET")},
             )
         if need_query:
-            tile = _fill(query_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
+            tile = shared.fill(query_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_M", c.total_q, c.heads, q.device)
             tiles = shared.cdiv(c.total_q, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_M"])
             parts = _parts(tiles, grad_norms[:2])
             shared.launch(
@@ -1086,7 +1050,9 @@ def varlen_attention_backward(
             )
             _sum(parts, grad_norms[:2])
         if need_key or need_v:
-            tile = _fill(key_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_N", c.total_k, c.key_heads, q.device)
+            tile = shared.fill(
+                key_tile(c.widest, q.dtype, norm=c.constants["NORM"] != 0, extras=c.extras), "BLOCK_N", c.total_k, c.key_heads, q.device
+            )
             tiles = shared.cdiv(c.total_k, layout.TILE) * (layout.TILE // tile.blocks["BLOCK_N"])
             grad_bias_of_k = grad_norms[3]
             if grad_bias_of_k is not None and grad_lse is None:
