@@ -31,6 +31,7 @@ from vitkernels.ops.dense import triton as dense
 from vitkernels.ops.head_mixing import triton as head_mixing
 from vitkernels.ops.head_mixing.op import NORMS as HEAD_MIXING_NORMS
 from vitkernels.ops.matching import triton as matching
+from vitkernels.ops.memory import triton as memory
 from vitkernels.ops.packed import layout as packed_layout
 from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.packed.op import NORMS
@@ -76,6 +77,14 @@ PACKED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # attention's kernels are those of varlen_attention, but for a bias that differs from image to image.
 ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "bias of images": {"bias": True}}
+MEMORY_DIMS = (*HEAD_DIMS, 256)
+# What makes memory_attention's kernels differ: one memory for all queries; that of several tasks, with own keys; and dropout.
+MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tasks": {"tasks": 70},
+    "few tasks": {"tasks": 5},
+    "tasks dropout": {"tasks": 70, "dropout": True},
+}
 MATCHING_CLASSES = (2, 92, 365)
 MATCHING_OPTIONS: dict[str, dict[str, Any]] = {"softmax": {}, "focal": {"focal": True}, "focal, gamma 1.5": {"focal": True, "gamma": 1.5}}
 RE_ATTENTION_DIMS = (32, 33, 64)
@@ -310,6 +319,35 @@ def attention_launches(dim: int, dtype: torch.dtype, *, batch: int = 8, heads: i
     return list(dict.fromkeys(found))
 
 
+def memory_launches(
+    dim: int, dtype: torch.dtype, *, batch: int = 64, heads: int = 6, tokens: int = 197, tasks: int | None = None, dropout: bool = False
+) -> list[Launch]:
+    """The distinct launches of forward and backward of memory_attention at one head dim.
+
+    Args:
+        dim: of the heads.
+        dtype: of all tensors.
+        batch: images.
+        heads: of all.
+        tokens: of an image.
+        tasks: as many queries, each with a memory of ten and a key of its own; None: the tokens are the queries, and ten the memory.
+        dropout: with dropout.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q = empty(batch, heads, tasks or tokens, dim)
+    k = v = empty(batch, heads, tokens, dim)
+    memory_k = memory_v = empty(10 * (tasks or 1), heads, dim)
+    tensors: list[Any] = [q, k, v, memory_k, memory_v, *((None, None) if tasks is None else (q, q))]
+    options: list[Any] = [[10] * (tasks or 0), dim**-0.5, 0.1 if dropout else 0.0, empty(dtype=torch.int64) if dropout else None]
+    with recorded() as found:
+        out, lse = memory.memory_attention(*tensors, *options)
+        memory.memory_attention_backward(*[out, lse, *tensors, lse, *options, *[True] * 7])
+    return list(dict.fromkeys(found))
+
+
 def re_attention_launches(
     dim: int, dtype: torch.dtype, *, heads: int = 12, tokens: int = 577, norm: str | None = None, live: bool = False, dropout: bool = False
 ) -> list[Launch]:
@@ -425,6 +463,8 @@ def all_budgets(progress: Callable[[Budget], None] = lambda _: None) -> list[Bud
             table += budgets(functools.partial(packed_launches, dim, dtype, **options), f"head {dim} {case} {name}", progress=progress)
         for dim, (case, options) in itertools.product(HEAD_DIMS, ATTENTION_OPTIONS.items()):
             table += budgets(functools.partial(attention_launches, dim, dtype, **options), f"attention {dim} {case} {name}", progress=progress)
+        for dim, (case, options) in itertools.product(MEMORY_DIMS, MEMORY_OPTIONS.items()):
+            table += budgets(functools.partial(memory_launches, dim, dtype, **options), f"memory {dim} {case} {name}", progress=progress)
         for dim, (case, options) in itertools.product(RE_ATTENTION_DIMS, RE_ATTENTION_OPTIONS.items()):
             table += budgets(functools.partial(re_attention_launches, dim, dtype, **options), f"12 heads {dim} {case} {name}", progress=progress)
         for classes, (case, options) in itertools.product(MATCHING_CLASSES, MATCHING_OPTIONS.items()):

@@ -22,6 +22,7 @@ from vitkernels.ops import _triton as shared
 from vitkernels.ops.cascaded_group import triton as cascaded_group
 from vitkernels.ops.head_mixing import triton as head_mixing
 from vitkernels.ops.matching import triton as matching
+from vitkernels.ops.memory import triton as memory
 from vitkernels.ops.packed import triton as packed
 from vitkernels.ops.separable import triton as separable
 
@@ -55,6 +56,8 @@ STAGES = (
 PACKED = ((64, torch.bfloat16, "norm"), (64, torch.float32, "plain"))
 # ViT-B's heads, with a bias for each image.
 ATTENTION = ((64, torch.bfloat16, "bias of images"), (64, torch.float32, "bias of images"))
+# ViT-B's heads and the widest, float32.
+MEMORY = ((64, torch.bfloat16, "tasks"), (64, torch.float32, "tasks dropout"), (256, torch.float32, "one"))
 # DeepViT-S, whose rows are padded, with both norms; float32.
 RE_ATTENTION = ((33, torch.bfloat16, "batch live"), (64, torch.bfloat16, "layer"), (32, torch.float32, "batch live"))
 
@@ -94,6 +97,11 @@ def test_every_attention_kernel_fits_every_target(dim: int, dtype: torch.dtype, 
     _assert_all_fit(aot.budgets(lambda: aot.attention_launches(dim, dtype, **aot.ATTENTION_OPTIONS[options]), options))
 
 
+@pytest.mark.parametrize(("dim", "dtype", "options"), MEMORY, ids=_name)
+def test_every_memory_kernel_fits_every_target(dim: int, dtype: torch.dtype, options: str) -> None:
+    _assert_all_fit(aot.budgets(lambda: aot.memory_launches(dim, dtype, **aot.MEMORY_OPTIONS[options]), options))
+
+
 @pytest.mark.parametrize(("dim", "dtype", "options"), RE_ATTENTION, ids=_name)
 def test_every_re_attention_kernel_fits_every_target(dim: int, dtype: torch.dtype, options: str) -> None:
     _assert_all_fit(aot.budgets(lambda: aot.re_attention_launches(dim, dtype, **aot.RE_ATTENTION_OPTIONS[options]), options))
@@ -124,9 +132,10 @@ def _stage(name: str) -> aot.Stage:
         (packed, lambda: aot.packed_launches(32, torch.bfloat16, **aot.PACKED_OPTIONS["all"]), 5),
         (cascaded_group, lambda: aot.cascaded_group_launches(_stage("m0 stage 1"), torch.bfloat16), 8),
         (matching, lambda: aot.matching_launches(92, torch.bfloat16), 3),
+        (memory, lambda: aot.memory_launches(64, torch.bfloat16, **aot.MEMORY_OPTIONS["tasks"]), 3),
         (head_mixing, lambda: aot.re_attention_launches(32, torch.bfloat16, **aot.RE_ATTENTION_OPTIONS["batch live"]), 6),
     ],
-    ids=["separable", "shared", "packed", "cascaded_group", "matching", "head_mixing"],
+    ids=["separable", "shared", "packed", "cascaded_group", "matching", "memory", "head_mixing"],
 )
 def test_every_kernel_is_compiled(module: ModuleType, launches: Callable[[], list[aot.Launch]], count: int) -> None:
     kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}

@@ -15,7 +15,7 @@ from vitkernels import backends
 from vitkernels.ops import _check, _define
 from vitkernels.ops.memory import reference
 
-backends.declare("memory_attention", backends.Support(triton=()))
+backends.declare("memory_attention", backends.Support())
 
 
 def memory_attention(
@@ -115,8 +115,9 @@ def memory_attention(
     if chosen == "reference":
         out, lse = reference.memory_attention(q, k, v, memory_k, memory_v, own_k, own_v, groups=lengths, scale=scale, dropout_p=dropout_p, seed=seed)
     else:
+        namespace = torch.ops.vitkernels_triton if chosen == "triton" else torch.ops.vitkernels
         out, lse = _define.call(
-            torch.ops.vitkernels.memory_attention.default,
+            namespace.memory_attention.default,
             _define.differentiable(q, k, v, memory_k, memory_v, own_k, own_v),
             *(q, k, v, memory_k, memory_v, own_k, own_v, lengths, scale, float(dropout_p), seed),
         )
@@ -199,3 +200,4 @@ _define.define(
     setup_context=_setup,
     backward=_backward,
 )
+_define.implement_in_triton("memory", "memory_attention")
