@@ -44,7 +44,7 @@ CASES = [
     *(pytest.param(*case, None, id=f"{name}-fp32") for name, case in CONVOLUTIONAL.items()),
     *(pytest.param(*case, torch.bfloat16, id=f"{name}-bf16 autocast") for name, case in CONVOLUTIONAL.items()),
     pytest.param(digits.navit, 4e-3, 100, 1 + 1 + 1, None, id="NaViT-fp32"),
-    pytest.param(digits.deepvit, 2e-3, 50, 32 + 32 + 1, None, id="DeepViT-fp32"),
+    pytest.param(digits.deepvit, 2e-3, 50, 1 + 32 + 32 + 1, None, id="DeepViT-fp32"),
 ]
 
 
