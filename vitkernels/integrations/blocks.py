@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, original_name
 from vitkernels.integrations.dense import Patch
-from vitkernels.integrations.folded import TRANSFORMERS_VITS, Evaluated, Folded, Plan, Run, left_to_pytorch, mlp_layers, no_change, plain, token_norm
+from vitkernels.integrations.folded import TRANSFORMERS_VITS, Evaluated, Linears, Plan, Run, mlp_layers, no_change, of_linears, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one, onednn
@@ -83,7 +83,7 @@ def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Call
     return lambda: Mixing(heads, scale, weight.t(), Norm("token", norm.weight, norm.bias, norm.eps))
 
 
-class _OfTokens(Folded):
+class _OfTokens(Linears):
     """What takes tokens [B, N, C]."""
 
     _vk_op: ClassVar[str] = op.NAME
@@ -92,9 +92,36 @@ class _OfTokens(Folded):
     def _vk_folded(self, x: Any) -> Tensor | None:
         return None if one_by_one() else super()._vk_folded(x)
 
+
+class _InARow(_OfTokens):
+    """Several modules of which each has a replacement of its own, ``_vk_each``, as one."""
+
+    _vk_each: ClassVar[Any]
+    _vk_names: ClassVar[frozenset[str]]
+    """The classes that it replaces."""
+
+    @classmethod
+    def _vk_row(cls, module: Any) -> dict[str, Any]:
+        """The modules, by what a reason calls them."""
+        raise NotImplementedError
+
     @classmethod
     def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
+        for name, one in cls._vk_row(module).items():
+            if not issubclass(role(one), cls._vk_each):
+                return f"its {name} is not replaced"
+        return super()._vk_why_not(module, role)
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        row = cls._vk_row(module)
+        for name, one in row.items():
+            if original_name(one) not in cls._vk_names:
+                raise UnfitError(f"its {name} is a {type(one).__name__}")
+        return _plan(*map(cls._vk_each._vk_block, row.values()))
+
+    def _vk_left(self, reason: str) -> None:
+        """One by one they are no fall-back to report; one that runs its original does so itself."""
 
 
 def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Plan:
@@ -103,8 +130,6 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
         raise UnfitError("it has no layers")
 
     def bind_all(dtype: torch.dtype) -> Run | str:
-        if (reason := left_to_pytorch(dtype)) is not None:
-            return reason
         if dtype is torch.bfloat16 and onednn(dtype) and any(block.scaled for block in blocks):
             return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
         blocks_of, channels = bind(blocks, dtype), blocks[0].project_in.channels
@@ -119,7 +144,7 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
 
         return run
 
-    return Plan(bind_all)
+    return of_linears(bind_all)
 
 
 # --- timm ----------------------------------------------------------------------------------------------------------------------------
@@ -158,38 +183,29 @@ class TimmBlock(_OfTokens):
         )
 
 
-class TimmBlocks(TimmBlock):
-    """A ``Sequential`` of such blocks, which otherwise go one by one."""
+_TIMM_BLOCK = "timm.models.vision_transformer.Block"
+
+
+class TimmBlocks(_InARow):
+    """A ``Sequential`` of such blocks."""
+
+    _vk_dims: ClassVar[range] = TimmBlock._vk_dims
+    _vk_each: ClassVar[Any] = TimmBlock
+    _vk_names: ClassVar[frozenset[str]] = frozenset({_TIMM_BLOCK})
 
     @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        for name, block in module.named_children():
-            if not issubclass(role(block), TimmBlock):
-                return f"its {name} is not replaced"
-        return super()._vk_why_not(module, role)
+    def _vk_row(cls, module: Any) -> dict[str, Any]:
+        return module._modules
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
         return [TimmBlock._vk_settings(block) for block in module._modules.values() if "attn" in block._modules]
-
-    @classmethod
-    def _vk_plan(cls, module: Any) -> Plan:
-        for name, block in module.named_children():
-            if original_name(block) != _TIMM_BLOCK:
-                raise UnfitError(f"its {name} is a {type(block).__name__}")
-        return _plan(*map(TimmBlock._vk_block, module.children()))
-
-    def _vk_left(self, reason: str) -> None:
-        """Blocks one by one are no fall-back to report; one that runs its original does so itself."""
 
 
 def match(module: nn.Module) -> type[Fused] | None:
     """The replacement of a ``Sequential`` of nothing but blocks."""
     several = type(module) is nn.Sequential and len(module) > 1
     return TimmBlocks if several and all(original_name(block) == _TIMM_BLOCK for block in module.children()) else None
-
-
-_TIMM_BLOCK = "timm.models.vision_transformer.Block"
 
 
 def _linear(module: Any, scale: Tensor | None = None) -> Layer:
@@ -261,7 +277,7 @@ class TransformersBlock(_OfTokens):
 
     @classmethod
     def _vk_attention(cls, module: Any) -> Any:
-        return attention_interface.either(module._modules, "attention", "self_attn")
+        return attention_interface.either(module._modules, *_ATTENTIONS)
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
@@ -295,9 +311,11 @@ class TransformersBlock(_OfTokens):
         )
 
 
-class TransformersBlocks(TransformersBlock):
-    """``CLIPEncoder``, ``SiglipEncoder`` and ``Dinov2Encoder``: all layers, which otherwise go one by one."""
+class TransformersBlocks(_InARow):
+    """``CLIPEncoder``, ``SiglipEncoder`` and ``Dinov2Encoder``: all layers."""
 
+    _vk_each: ClassVar[Any] = TransformersBlock
+    _vk_names: ClassVar[frozenset[str]] = frozenset(name + layer for name, layer in TRANSFORMERS_VITS.items())
     # transformers looks up by the class's name what of a model can be recorded.
     _vk_same_name: ClassVar[bool] = True
 
@@ -306,25 +324,13 @@ class TransformersBlocks(TransformersBlock):
         return attention_interface.either(module._modules, "layers", "layer")
 
     @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        for name, layer in cls._vk_layers(module).named_children():
-            if not issubclass(role(layer), TransformersBlock):
-                return f"its layer {name} is not replaced"
-        return super()._vk_why_not(module, role)
+    def _vk_row(cls, module: Any) -> dict[str, Any]:
+        return {f"layer {name}": layer for name, layer in cls._vk_layers(module)._modules.items()}
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
-        return [TransformersBlock._vk_settings(layer) for layer in cls._vk_layers(module) if original_name(layer) in _TRANSFORMERS_LAYERS]
-
-    @classmethod
-    def _vk_plan(cls, module: Any) -> Plan:
-        for name, layer in cls._vk_layers(module).named_children():
-            if original_name(layer) not in _TRANSFORMERS_LAYERS:
-                raise UnfitError(f"its layer {name} is a {type(layer).__name__}")
-        return _plan(*map(TransformersBlock._vk_block, cls._vk_layers(module)))
-
-    def _vk_left(self, reason: str) -> None:
-        """Layers one by one are no fall-back to report; one that runs its original does so itself."""
+        layers = cls._vk_layers(module)._modules.values()
+        return [TransformersBlock._vk_settings(layer) for layer in layers if not _ATTENTIONS.isdisjoint(layer._modules)]
 
     def _vk_alone(self, others: Iterable[Any], options: dict[str, Any]) -> bool:
         """Whether a call asks for no more than the tokens, as no tuple: what else there is transformers collects by hooks on the layers."""
@@ -345,20 +351,29 @@ class TransformersBlocks(TransformersBlock):
 
 
 class TransformersModel(TransformersBlocks):
-    """``ViTModel`` and ``DeiTModel``, whose layers are the model's own."""
+    """``ViTModel`` and ``DeiTModel``, whose layers are the model's own: they begin with the embedding, and its images."""
 
-    def forward(self, pixel_values: Any = None, bool_masked_pos: Any = None, interpolate_pos_encoding: Any = None, *args: Any, **kwargs: Any) -> Any:
+    _vk_dims: ClassVar[range] = range(4, 5)
+
+    @classmethod
+    def _vk_plan(cls, module: Any) -> Plan:
+        embeddings, layers = module.embeddings, super()._vk_plan(module)
+
+        def bind(dtype: torch.dtype) -> Run | str:
+            run = layers.bind(dtype)
+            return run if isinstance(run, str) else lambda pixels: run(embeddings(pixels))
+
+        return Plan(bind)
+
+    def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and result."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        embeddings: Any = self.embeddings
-        first = (pixel_values, bool_masked_pos, interpolate_pos_encoding)
         y = None
-        if isinstance(pixel_values, Tensor) and not self.training and not torch.is_grad_enabled() and self._vk_alone(args, kwargs):
-            pixels = pixel_values.to(embeddings.patch_embeddings.projection.weight.dtype)
-            y = self._vk_folded(embeddings(pixels, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding))
+        if isinstance(pixel_values, Tensor) and self._vk_alone(args, kwargs):
+            y = self._vk_folded(pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype))
         if y is None:
-            return super(Evaluated, self).forward(*first, *args, **kwargs)
+            return super(Evaluated, self).forward(pixel_values, *args, **kwargs)
         y = self.layernorm(y)
         return BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=None if self.pooler is None else self.pooler(y))
 
@@ -366,13 +381,13 @@ class TransformersModel(TransformersBlocks):
 # The norms in front of attention and MLP.
 _BEFORE = ("layernorm_before", "norm1", "layer_norm1")
 _AFTER = ("layernorm_after", "norm2", "layer_norm2")
-_TRANSFORMERS_LAYERS = [name + layer for name, layer in TRANSFORMERS_VITS.items()]
+_ATTENTIONS = frozenset({"attention", "self_attn"})
 
 
 TABLE: dict[str, type[Fused]] = {
     _TIMM_BLOCK: TimmBlock,
     **{f"vit_pytorch.{name}.Transformer": VitPytorchTransformer for name in ("vit", "simple_vit", "deepvit")},
-    **dict.fromkeys(_TRANSFORMERS_LAYERS, TransformersBlock),
+    **dict.fromkeys(TransformersBlocks._vk_names, TransformersBlock),
     **{name + "Encoder": TransformersBlocks for name in TRANSFORMERS_VITS if name.endswith(("CLIP", "Siglip", "Dinov2"))},
     **{name + "Model": TransformersModel for name in TRANSFORMERS_VITS if name.endswith(("ViT", "DeiT"))},
 }

@@ -303,7 +303,20 @@ class InvertedResidual(Folded):
 # --- MLPs ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Mlp(Folded):
+class Linears(Folded):
+    """Base of what is made of linear layers, and the original where these are left to PyTorch."""
+
+    @classmethod
+    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
+        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
+
+
+def of_linears(bind: Callable[[torch.dtype], Run | str]) -> Plan:
+    """The plan of what is made of linear layers: ``bind`` is asked for dtypes alone in which these are not left to PyTorch."""
+    return Plan(lambda dtype: left_to_pytorch(dtype) or bind(dtype))
+
+
+class Mlp(Linears):
     """timm's ``Mlp``, and the ``FeedForward`` of vit_pytorch, whose norm is inside: in one op, the hidden tokens never leave the cache."""
 
     _vk_dims: ClassVar[range] = range(2, 9)
@@ -312,9 +325,7 @@ class Mlp(Folded):
     def _vk_plan(cls, module: Any) -> Plan:
         whole = mlp_layers(module)
 
-        def bind(dtype: torch.dtype) -> Run | str:
-            if (reason := left_to_pytorch(dtype)) is not None:
-                return reason
+        def bind(dtype: torch.dtype) -> Run:
             run, channels = whole.bind(dtype), whole.channels
 
             def on_tokens(x: Tensor) -> Tensor | None:
@@ -326,11 +337,7 @@ class Mlp(Folded):
 
             return on_tokens
 
-        return Plan(bind)
-
-    @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
+        return of_linears(bind)
 
 
 def left_to_pytorch(dtype: torch.dtype) -> str | None:

@@ -29,8 +29,8 @@ from vitkernels.integrations.folded import (
     activation_of,
     conv_layer,
     conv_sequence,
-    left_to_pytorch,
     no_change,
+    of_linears,
     plain,
     plan_of,
     token_norm,
@@ -52,10 +52,6 @@ class Whole(Evaluated):
         reason = None if cls._vk_weight(module).is_cuda else plan_of(cls, module)
         left = f"runs its layers one by one: {reason}" if isinstance(reason, str) else ""
         return "; ".join(filter(None, (super()._vk_note(module), left)))
-
-
-def _plan(bind: Callable[[torch.dtype], Run]) -> Plan:
-    return Plan(lambda dtype: left_to_pytorch(dtype) or bind(dtype))
 
 
 def _known(module: Any, name: str) -> Any:
@@ -146,7 +142,7 @@ class TimmSeparable(Whole, timm.TimmBlock):
         layers = [cls._vk_layer(layer) for layer in plain(module.transformer, nn.Sequential)]
         before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         project = bottleneck(conv_layer(module.conv_proj), norm=_sample_norm(module.norm))
-        return _plan(Separable(before, layers, project, module.patch_size, resizes=True).bind)
+        return of_linears(Separable(before, layers, project, module.patch_size, resizes=True).bind)
 
     @classmethod
     def _vk_layer(cls, layer: Any) -> SeparableLayer:
@@ -171,7 +167,7 @@ class TransformersSeparable(Whole, transformers.TransformersBlock):
         layers = [cls._vk_layer(layer) for layer in plain(_known(module.transformer, f"{_V2}Transformer").layer, nn.ModuleList)]
         before = [*_downsampling(module, _V2), *_local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))]
         project = bottleneck(conv_layer(module.conv_projection), norm=_sample_norm(module.layernorm))
-        return _plan(Separable(before, layers, project, (module.patch_height, module.patch_width), resizes=False).bind)
+        return of_linears(Separable(before, layers, project, (module.patch_height, module.patch_width), resizes=False).bind)
 
     @classmethod
     def _vk_layer(cls, layer: Any) -> SeparableLayer:
@@ -261,7 +257,7 @@ class TimmDense(Whole, timm.TimmMapBlock):
         before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         fusion = None if module.conv_fusion is None else conv_layer(module.conv_fusion)
         whole = Dense([], before, layers, token_norm(module.norm), conv_layer(module.conv_proj), fusion, module.patch_size)
-        return _plan(whole.bind)
+        return of_linears(whole.bind)
 
 
 class TransformersDense(Whole, transformers.MobileViTBlock):
@@ -277,7 +273,7 @@ class TransformersDense(Whole, transformers.MobileViTBlock):
         layers = [cls._vk_block(layer) for layer in plain(_known(module.transformer, f"{_V1}Transformer").layer, nn.ModuleList)]
         before = _local(conv_layer(module.conv_kxk), conv_layer(module.conv_1x1))
         project, fusion, patch = conv_layer(module.conv_projection), conv_layer(module.fusion), (module.patch_height, module.patch_width)
-        return _plan(Dense(_downsampling(module, _V1), before, layers, token_norm(module.layernorm), project, fusion, patch).bind)
+        return of_linears(Dense(_downsampling(module, _V1), before, layers, token_norm(module.layernorm), project, fusion, patch).bind)
 
     @classmethod
     def _vk_block(cls, layer: Any) -> blocks.Block:
@@ -313,7 +309,9 @@ class VitPytorchDense(Whole, vit_pytorch.MapBlock):
         if any(len(found) != 1 for found in convolutions):
             raise UnfitError("its convolutions are of another number")
         local, reduce, project, fusion = (found[0] for found in convolutions)
-        return _plan(Dense([], _local(local, reduce), layers, None, project, fusion, (module.ph, module.pw), resizes=False, joined_last=True).bind)
+        return of_linears(
+            Dense([], _local(local, reduce), layers, None, project, fusion, (module.ph, module.pw), resizes=False, joined_last=True).bind
+        )
 
 
 TABLE: dict[str, type[Fused]] = {

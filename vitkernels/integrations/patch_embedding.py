@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitkernels.integrations._fused import Fused, Role, original_name
-from vitkernels.integrations.folded import Folded, Plan, Run, left_to_pytorch, plain, token_norm
+from vitkernels.integrations._fused import Fused, original_name
+from vitkernels.integrations.folded import Linears, Plan, Run, of_linears, plain, token_norm
 from vitkernels.nn._folded import Layer, UnfitError
 from vitkernels.ops import _define
 from vitkernels.ops.bottleneck.reference import Affine, Norm
@@ -21,14 +21,6 @@ from vitkernels.ops.patch_embedding import op
 
 _LEAST = 7
 """Pixels in a row of a patch from which on the op was never slower than PyTorch's convolution; it is 0.8x to 1.2x as fast at 2 and 4."""
-
-
-class _Patches(Folded):
-    _vk_op: ClassVar[str] = op.NAME
-
-    @classmethod
-    def _vk_why_not(cls, module: Any, role: Role) -> str | None:
-        return super()._vk_why_not(module, role) or left_to_pytorch(cls._vk_weight(module).dtype)
 
 
 def _plan(
@@ -39,18 +31,18 @@ def _plan(
 ) -> Plan:
     """The patches of images that it ``takes``, projected by what ``layers`` gives in a dtype; ``last`` sees the result [B, out, H, W]."""
 
-    def bind(dtype: torch.dtype) -> Run | str:
-        if (reason := left_to_pytorch(dtype)) is not None:
-            return reason
+    def bind(dtype: torch.dtype) -> Run:
         project, norm = layers(_define.accumulation_dtype(dtype))
         packed = op.pack(project, patch, norm, dtype)
         return lambda x: last(op.run(x, packed)) if takes(x.shape) else None
 
-    return Plan(bind)
+    return of_linears(bind)
 
 
-class PatchConvolution(_Patches):
+class PatchConvolution(Linears):
     """``nn.Conv2d`` over patches."""
+
+    _vk_op: ClassVar[str] = op.NAME
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
@@ -77,8 +69,10 @@ def _over_patches(conv: nn.Conv2d) -> bool:
     return alone and conv.stride == conv.kernel_size and conv.kernel_size[1] >= _LEAST
 
 
-class PatchSequence(_Patches):
+class PatchSequence(Linears):
     """vit_pytorch's: the last of its norms sees the tokens as before."""
+
+    _vk_op: ClassVar[str] = op.NAME
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:
