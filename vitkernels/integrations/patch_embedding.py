@@ -20,7 +20,7 @@ from vitkernels.ops.bottleneck.reference import Affine, Norm
 from vitkernels.ops.patch_embedding import op
 
 _LEAST = 7
-"""Pixels in a row of a patch from which on the op was never slower than PyTorch's convolution; it is 0.8x to 1.2x as fast at 2 and 4."""
+"""Pixels in a row of a patch from which on the op is 0.95x to 4.9x as fast as PyTorch; of larger images with fewer it is 0.6x to 0.9x."""
 
 
 def _plan(
