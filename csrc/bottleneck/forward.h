@@ -102,42 +102,63 @@ struct Forward {
   using T = Arith<S>;
   static constexpr int64_t lanes = kLanes<T>;
 
+  // v is normalised to (v - mean) * inverse + shift.
+  struct Normal {
+    T mean, inverse, shift;
+  };
+
   explicit Forward(const Bottleneck& arguments)
       : a(arguments),
         x(static_cast<const S*>(a.x)),
         residual(static_cast<const S*>(a.residual)),
         y(static_cast<S*>(a.y)),
         hidden_stride(left_row<Left>(a.hidden)),
-        moments(a.norm == Norm::kSample ? a.batch * 2 : 0) {}
+        normals(a.norm == Norm::kSample ? a.batch : 0) {}
 
   const Bottleneck& a;
   const S *x, *residual;
   S* y;
   const int64_t hidden_stride;
-  Buffer<T> moments;  // mean and 1 / standard deviation of each sample
+  Buffer<Normal> normals;  // of each sample
 
-  // Mean of a token, and the sum of the squared distances from it.
-  std::pair<T, T> token_moments(const S* token) const {
+  // What a token adds up to. `mean` is rounded and `rest` is what it lacks: beside the deviations of a patch of one colour even one rounding step of the mean is much.
+  struct Moments {
+    T mean, rest, squares;  // squares: of the distances from mean + rest
+  };
+
+  Moments token_moments(const S* token) const {
     const int64_t whole = a.in / lanes * lanes;
     Vec<T> sums{};
     for (int64_t c = 0; c < whole; c += lanes) sums += load(token + c);
     T sum = reduce_add<T>(sums);
     for (int64_t c = whole; c < a.in; ++c) sum += to_float(token[c]);
     const T mean = sum / static_cast<T>(a.in);
-    Vec<T> squares{};
+    Vec<T> distances{}, squares{};
     for (int64_t c = 0; c < whole; c += lanes) {
       const Vec<T> d = load(token + c) - mean;
-      squares += d * d;
+      distances += d, squares += d * d;
     }
-    T total = reduce_add<T>(squares);
-    for (int64_t c = whole; c < a.in; ++c) total += (to_float(token[c]) - mean) * (to_float(token[c]) - mean);
-    return {mean, total};
+    T distance = reduce_add<T>(distances), total = reduce_add<T>(squares);
+    for (int64_t c = whole; c < a.in; ++c) {
+      const T d = to_float(token[c]) - mean;
+      distance += d, total += d * d;
+    }
+    const T rest = distance / static_cast<T>(a.in);
+    return {mean, rest, max_of(total - distance * rest, T(0))};
   }
 
-  T inverse_deviation(double squares, int64_t count) const { return static_cast<T>(1 / std::sqrt(squares / static_cast<double>(count) + a.eps)); }
+  Normal token_normal(const S* token) const {
+    const Moments m = token_moments(token);
+    return normal(m.mean, m.rest, m.squares, a.in);
+  }
+
+  Normal normal(double mean, double rest, double squares, int64_t count) const {
+    const T rounded = static_cast<T>(mean), inverse = static_cast<T>(1 / std::sqrt(squares / static_cast<double>(count) + a.eps));
+    return {rounded, inverse, -static_cast<T>(mean - static_cast<double>(rounded) + rest) * inverse};
+  }
 
   // The mean and variance of whole samples, joined from those of their tokens, in double.
-  void find_sample_moments() {
+  void find_sample_normals() {
     const int64_t tokens = a.height * a.width, parts = ceil_div(tokens, kTokens);
     Buffer<double> sums(a.batch * parts * 3);
     parallel(a.batch * parts, [&](int64_t i) {
@@ -145,8 +166,9 @@ struct Forward {
       const S* token = x + (i / parts * tokens + first) * a.x_row;
       double mean = 0, mean_squares = 0, squares = 0;
       for (int64_t t = 0; t < count; ++t, token += a.x_row) {
-        const auto [m, s] = token_moments(token);
-        mean += m, mean_squares += static_cast<double>(m) * m, squares += s;
+        const Moments m = token_moments(token);
+        const double exact = static_cast<double>(m.mean) + m.rest;
+        mean += exact, mean_squares += exact * exact, squares += m.squares;
       }
       double* sum = sums + i * 3;
       sum[0] = mean, sum[1] = mean_squares, sum[2] = squares;
@@ -156,7 +178,7 @@ struct Forward {
       for (int64_t i = b * parts; i < (b + 1) * parts; ++i) mean += sums[i * 3], mean_squares += sums[i * 3 + 1], squares += sums[i * 3 + 2];
       mean /= static_cast<double>(tokens);
       squares += static_cast<double>(a.in) * (mean_squares - static_cast<double>(tokens) * mean * mean);
-      moments[b * 2] = static_cast<T>(mean), moments[b * 2 + 1] = inverse_deviation(max_of(squares, 0.0), tokens * a.in);
+      normals[b] = normal(mean, 0, max_of(squares, 0.0), tokens * a.in);
     }
   }
 
@@ -203,21 +225,14 @@ struct Forward {
         }
         continue;
       }
-      T mean, inverse;
-      if (a.norm == Norm::kToken) {
-        const auto [m, squares] = token_moments(token);
-        mean = m, inverse = inverse_deviation(squares, a.in);
-      } else {
-        const T* of_sample = moments + (first + t) / (a.height * a.width) * 2;
-        mean = of_sample[0], inverse = of_sample[1];
-      }
+      const Normal n = a.norm == Norm::kToken ? token_normal(token) : normals[(first + t) / (a.height * a.width)];
       for (int64_t c = 0; c < a.in; c += lanes) {
-        const int64_t n = min_of(lanes, a.in - c);
-        const auto get = [&](const auto* from) { return n == lanes ? load(from + c) : load_partial(from + c, n); };
-        Vec<T> v = (get(token) - mean) * inverse;
+        const int64_t left = min_of(lanes, a.in - c);
+        const auto get = [&](const auto* from) { return left == lanes ? load(from + c) : load_partial(from + c, left); };
+        Vec<T> v = (get(token) - n.mean) * n.inverse + n.shift;
         if (weight) v *= get(weight);
         if (bias) v += get(bias);
-        n == lanes ? store(out + c, v) : store_partial(out + c, v, n);
+        left == lanes ? store(out + c, v) : store_partial(out + c, v, left);
       }
     }
     return buffer;
@@ -366,13 +381,13 @@ void forward(const Bottleneck& a) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     if (a.pairs) {
       Forward<S, BFloat16> run(a);
-      if (a.norm == Norm::kSample) run.find_sample_moments();
+      if (a.norm == Norm::kSample) run.find_sample_normals();
       return run.run_tokens();
     }
   }
 #endif
   Forward<S> run(a);
-  if (a.norm == Norm::kSample) run.find_sample_moments();
+  if (a.norm == Norm::kSample) run.find_sample_normals();
   if (a.depthwise_weight) {
     run.run_rows();
   } else {

@@ -16,6 +16,7 @@ constexpr int64_t kPoolTokens = 128;
 template <class S, class Left>
 class LayerForward {
   using T = Arith<S>;
+  using Normal = typename Forward<S, Left>::Normal;
   static constexpr int64_t lanes = kLanes<T>;
 
  public:
@@ -23,7 +24,7 @@ class LayerForward {
       : a_(arguments), query_(static_cast<const T*>(a_.query)), query_bias_(*static_cast<const T*>(a_.query_bias)), tokens_(a_.height * a_.width),
         groups_(a_.patch_height * a_.patch_width), dim_(round_up(a_.in, lanes)), part_(round_up(groups_ * 2, lanes) + groups_ * dim_) {}
 
-  // The context of each group, for a block that knows its moments.
+  // The context of each group, for a block that knows its normals.
   void find_gate(const Forward<S, Left>& block, T* gate) const {
     const int64_t parts = ceil_div(tokens_, kPoolTokens);
     Buffer<T> memory(a_.batch * parts * part_), pooled(a_.batch * groups_ * a_.in);
@@ -43,20 +44,20 @@ class LayerForward {
   // Below so many multiply-adds a fork and join costs more than it saves.
   static constexpr int64_t kForkWork = 1 << 20;
 
-  // A part of the memory holds of each group the largest logit, the sum of the exponentials, and the sum of the tokens weighted by them.
+  // A part of the memory holds of each group the largest logit, the sum of the exponentials, and the sum of the tokens' distances from the mean weighted by them.
   T* sums(T* part) const { return part + round_up(groups_ * 2, lanes); }
 
   void pool(const Forward<S, Left>& block, int64_t sample, int64_t first, T* part) const {
     const int64_t count = min_of(kPoolTokens, tokens_ - first);
     const S* x = block.x + (sample * tokens_ + first) * a_.in;
-    const T mean = block.moments[sample * 2], inverse = block.moments[sample * 2 + 1];
+    const Normal normal = block.normals[sample];
     T *largest = part, *total = part + groups_;
     for (int64_t g = 0; g < groups_; ++g) largest[g] = -__builtin_inff(), total[g] = 0;
     std::memset(sums(part), 0, static_cast<size_t>(groups_ * dim_) * sizeof(T));
     T weights[round_up(kPoolTokens, lanes)] = {};
     int64_t group[kPoolTokens];
     for (int64_t t = 0; t < count; ++t) {
-      weights[t] = logit(x + t * a_.in, mean) * inverse + query_bias_;
+      weights[t] = logit(x + t * a_.in, normal) + query_bias_;
       group[t] = block.group_of(first + t);
       largest[group[t]] = weights[t] <= largest[group[t]] ? largest[group[t]] : weights[t];  // the logit, if it is NaN
     }
@@ -66,14 +67,14 @@ class LayerForward {
       const S* token = x + t * a_.in;
       T* sum = sums(part) + group[t] * dim_;
       total[group[t]] += weights[t];
-      for_vectors(token, [&](int64_t c, Vec<T> v) { store(sum + c, load(sum + c) + weights[t] * v); });
+      for_vectors(token, [&](int64_t c, Vec<T> v) { store(sum + c, load(sum + c) + weights[t] * (v - normal.mean)); });
     }
   }
 
-  T logit(const S* token, T mean) const {
+  T logit(const S* token, const Normal& normal) const {
     Vec<T> acc[4] = {};
     int64_t j = 0;
-    for_vectors(token, [&](int64_t c, Vec<T> v) { acc[j++ % 4] += (v - mean) * load(query_ + c); });
+    for_vectors(token, [&](int64_t c, Vec<T> v) { acc[j++ % 4] += ((v - normal.mean) * normal.inverse + normal.shift) * load(query_ + c); });
     return reduce_add<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
   }
 
@@ -87,7 +88,7 @@ class LayerForward {
 
   // The weighted mean of each group's normalised tokens: the weights' sum is one, so it is the normalised mean.
   void join(const Forward<S, Left>& block, int64_t sample, T* memory, int64_t parts, T* pooled) const {
-    const T mean = block.moments[sample * 2], inverse = block.moments[sample * 2 + 1];
+    const Normal normal = block.normals[sample];
     const T *weight = static_cast<const T*>(a_.norm_weight), *bias = static_cast<const T*>(a_.norm_bias);
     for (int64_t g = 0; g < groups_; ++g) {
       T largest = memory[g];
@@ -102,7 +103,7 @@ class LayerForward {
         for (int64_t c = 0; c < dim_; c += lanes) store(out + c, p == 0 ? load(sum + c) * factor : load(out + c) + load(sum + c) * factor);
       }
       for (int64_t c = 0; c < a_.in; ++c) {
-        const T normed = (out[c] / total - mean) * inverse;
+        const T normed = out[c] / total * normal.inverse + normal.shift;
         pooled[g * a_.in + c] = (weight ? normed * weight[c] : normed) + (bias ? bias[c] : T(0));
       }
     }
@@ -121,7 +122,7 @@ void run_layer(const separable::Layer& a) {
   separable::Layer gated = a;
   gated.gate = gate.get();
   Forward<S, Left> run(gated);
-  run.find_sample_moments();
+  run.find_sample_normals();
   LayerForward<S, Left>(gated).find_gate(run, gate);
   run.run_tokens();
 }

@@ -62,8 +62,10 @@ def exactly(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else value
 
 
-def check(case: tuple[int, ...], dtype: torch.dtype, with_residual: bool, **options: Any) -> None:
+def check(case: tuple[int, ...], dtype: torch.dtype, with_residual: bool, deviation: float | None = None, **options: Any) -> None:
     x, arguments = layers(case, dtype, **options)
+    if deviation is not None:
+        x = deviation * x - 2.1179
     eager = inverted_bottleneck(x, **arguments)
     residual = torch.randn(eager.shape).to(dtype) if with_residual else None
     exact = inverted_bottleneck(x.double(), **{name: exactly(value) for name, value in arguments.items()}, residual=exactly(residual))
@@ -80,6 +82,14 @@ def check(case: tuple[int, ...], dtype: torch.dtype, with_residual: bool, **opti
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_definition(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype, True, activation="silu")
+
+
+@pytest.mark.parametrize("norm", ["token", "sample"])
+@pytest.mark.parametrize("deviation", [1e-2, 1e-4, 0.0])
+def test_norms_of_nearly_one_value(norm: str, deviation: float) -> None:
+    """Deviations are small beside the mean: what rounding takes from the mean would be seen in the result."""
+    for name in ("mlp", "inverted residual"):
+        check(CASES[name], torch.float32, False, deviation, norm=norm)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -71,6 +71,15 @@ def test_against_the_definition(name: str, with_norm: bool, dtype: torch.dtype) 
     assert verdict.holds, verdict
 
 
+def test_patches_of_nearly_one_colour() -> None:
+    """Their deviations are small beside their mean: what rounding takes from the mean would be seen in the result (black margins of photos)."""
+    x, arguments = drawn("usual", torch.float32, True)
+    for deviation in (1e-2, 1e-4, 0.0):
+        flat = deviation * x - 2.1179
+        verdict = compare_tensors("output", op.run(flat, packed(arguments, torch.float32)), patch_embedding(flat, **arguments), exactly(flat, arguments))
+        assert verdict.holds, verdict
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_change_no_bit(dtype: torch.dtype) -> None:
     x, arguments = drawn("a rest at both sides", dtype, True)

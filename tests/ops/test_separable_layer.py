@@ -75,6 +75,16 @@ def test_against_what_it_stands_for(name: str, dtype: torch.dtype) -> None:
         assert verdict.holds, verdict
 
 
+@pytest.mark.parametrize("deviation", [1e-2, 1e-4, 0.0])
+def test_a_map_of_nearly_one_value(deviation: float) -> None:
+    """Its deviations are small beside its mean: what rounding takes from the mean would be seen in the result."""
+    x, *weights, patch = arguments(CASES["as in a model"], torch.float32)
+    x = deviation * x - 2.1179
+    exact = expected(x.double(), *map(exactly, weights), patch)
+    verdict = compare_tensors("output", layer.run(x, layer.pack(*weights), patch), expected(x, *weights, patch), exact)
+    assert verdict.holds, verdict
+
+
 def test_a_query_far_from_the_others() -> None:
     """Logits of hundreds: the largest of a group is subtracted first, across the parts of a sample."""
     x, qkv, out, norm, patch = arguments((1, 24, 32, 32, (2, 2)), torch.float32)
