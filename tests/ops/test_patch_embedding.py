@@ -76,7 +76,8 @@ def test_patches_of_nearly_one_colour() -> None:
     x, arguments = drawn("usual", torch.float32, True)
     for deviation in (1e-2, 1e-4, 0.0):
         flat = deviation * x - 2.1179
-        verdict = compare_tensors("output", op.run(flat, packed(arguments, torch.float32)), patch_embedding(flat, **arguments), exactly(flat, arguments))
+        found = op.run(flat, packed(arguments, torch.float32))
+        verdict = compare_tensors("output", found, patch_embedding(flat, **arguments), exactly(flat, arguments))
         assert verdict.holds, verdict
 
 
