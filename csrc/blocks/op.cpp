@@ -3,6 +3,7 @@
 #include "blocks/op.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -139,24 +140,31 @@ class Reader {
 
 // Where the sequences are that attend to themselves: all pixels of an image, or those at one position in its patches.
 struct Sequences {
-  packed::Places places;
-  int64_t count, tokens;
+  packed::Places places{false, 1, 1, 0};
+  int64_t images, height, width, count, tokens;
   std::vector<int32_t> begins;
 
-  Sequences(const Tensor& x, int64_t patch_height, int64_t patch_width) {
+  Sequences(int64_t batch, int64_t map_height, int64_t map_width, int64_t patch_height = 0, int64_t patch_width = 0) : images(batch), height(map_height), width(map_width) {
     const bool whole = patch_height == 0;
     STD_TORCH_CHECK(
-        whole || (patch_height > 0 && patch_width > 0 && x.size(2) % patch_height == 0 && x.size(3) % patch_width == 0),
+        whole || (patch_height > 0 && patch_width > 0 && height % patch_height == 0 && width % patch_width == 0),
         "vitkernels::transformer_blocks: the patch must divide the map");
-    places = whole ? packed::Places{false, 1, 1, 0} : packed::Places{false, patch_height, patch_width, x.size(3) / patch_width};
-    count = x.size(0) * places.height * places.width, tokens = x.size(2) * x.size(3) / (places.height * places.width);
+    if (!whole) places = {false, patch_height, patch_width, width / patch_width};
+    count = batch * places.height * places.width, tokens = height * width / (places.height * places.width);
     begins = packed::even_lengths(count, tokens);
   }
+  int64_t pixels() const { return images * height * width; }
   // Rows of heads of a map in channels_last, `pixel` elements from one pixel to the next.
-  Rows rows(const void* data, int64_t pixel, int64_t dim, const Tensor& x) const {
-    const int64_t line = x.size(3) * pixel;
-    return {const_cast<void*>(data), places.width * pixel, dim, 1, x.size(2) * line, places.height * line, line, pixel};
+  Rows rows(const void* data, int64_t pixel, int64_t dim) const {
+    const int64_t line = width * pixel;
+    return {const_cast<void*>(data), places.width * pixel, dim, 1, height * line, places.height * line, line, pixel};
   }
+};
+
+// Queries of some tokens, and keys and values of all, whose elements are all `row` apart from one token to the next.
+struct Heads {
+  const char *q, *k, *v;
+  int64_t q_row, row;
 };
 
 // body(first, count) for every thread's share of `total`, of `least` or more, if there are as many.
@@ -217,44 +225,79 @@ bool shares_outputs(int64_t tokens, const std::vector<Block>& blocks, int64_t ma
          tiles * per(panels, threads) <= per(tiles, threads) * panels;  // the threads are as evenly loaded
 }
 
+// A layer's outputs from `first` on, which begins a panel.
+bottleneck::Bottleneck columns_of(bottleneck::Bottleneck a, int64_t first, int64_t count, Bytes bytes) {
+  a.out = count;
+  a.project_weight = static_cast<const char*>(a.project_weight) + first * a.hidden * bytes.matrices;
+  a.project_bias = static_cast<const char*>(a.project_bias) + first * bytes.vectors;
+  return a;
+}
+
 // One layer of all tokens, its outputs shared out.
 void run_by_outputs(const bottleneck::Bottleneck& a, int64_t tokens, Bytes bytes, const char* x, char* y, const char* residual = nullptr) {
   for_shares(padded(a.out) / kPanel, 1, [&](int64_t panel, int64_t panels) {
     const int64_t first = panel * kPanel;
-    bottleneck::Bottleneck own = a;
-    own.out = std::min(panels * kPanel, a.out - first);
-    own.project_weight = static_cast<const char*>(a.project_weight) + first * a.hidden * bytes.matrices;
-    own.project_bias = static_cast<const char*>(a.project_bias) + first * bytes.vectors;
+    const bottleneck::Bottleneck own = columns_of(a, first, std::min(panels * kPanel, a.out - first), bytes);
     run_pass(own, 0, tokens, bytes.tokens, x, y + first * bytes.tokens, residual ? residual + first * bytes.tokens : nullptr);
   });
 }
 
-void attend(const Block& b, const Tensor& x, const Sequences& sequences, const char* qkv, int64_t bytes, char* out) {
-  const int64_t channels = b.channels();
-  const auto part = [&](int64_t i) { return qkv + i * channels * bytes; };
+// How some tokens go through the layers.
+struct Passes {
+  int64_t tokens;
+  bool by_outputs;
+  Bytes bytes;
+  int64_t row;
+  Buffer<char> hidden;  // by outputs: between the two layers of an MLP
+
+  Passes(int64_t count, const std::vector<Block>& blocks, int64_t matrices, int64_t most_hidden, Bytes sizes)
+      : tokens(count), by_outputs(shares_outputs(count, blocks, matrices, sizes)), bytes(sizes), row(hidden_row(most_hidden, sizes.tokens)),
+        hidden(by_outputs ? count * row * sizes.tokens : 0) {}
+
+  void one(const bottleneck::Bottleneck& layer, const char* x, char* y) const {
+    if (by_outputs) return run_by_outputs(layer, tokens, bytes, x, y);
+    for_shares(tokens, kLeastTokens, [&](int64_t first, int64_t count) { run_pass(layer, first, count, bytes.tokens, x, y); });
+  }
+
+  // What follows a block's attention: x plus that, through the MLP, to y, and y through the layer behind the block, if there is one.
+  void behind_attention(const Block& b, const char* attended, const char* x, char* y, const bottleneck::Bottleneck* next, char* out) const {
+    if (by_outputs) {
+      run_by_outputs(b.out, tokens, bytes, attended, y, x);
+      run_by_outputs(expansion_of(b.mlp, row), tokens, bytes, y, hidden);
+      run_by_outputs(reduction_of(b.mlp, row), tokens, bytes, hidden, y, y);
+      if (next) run_by_outputs(*next, tokens, bytes, y, out);
+      return;
+    }
+    for_shares(tokens, kLeastTokens, [&](int64_t first, int64_t count) {
+      run_pass(b.out, first, count, bytes.tokens, attended, y, x);
+      run_pass(b.mlp, first, count, bytes.tokens, y, y, y);  // in place: a token is read before it is written, and by no other
+      if (next) run_pass(*next, first, count, bytes.tokens, y, out);
+    });
+  }
+};
+
+void attend_softmax(const Block& b, Dtype dtype, const Sequences& queries, const Sequences& keys, const Heads& heads, char* out) {
   packed::Forward a{};
-  a.dtype = dtype_of(x), a.places = sequences.places;
-  a.sequences = sequences.count, a.total_q = a.total_k = sequences.count * sequences.tokens;
+  a.dtype = dtype, a.places = keys.places;
+  a.sequences = keys.count, a.total_q = queries.count * queries.tokens, a.total_k = keys.count * keys.tokens;
   a.heads = a.kv_heads = b.heads, a.dim = a.value_dim = b.dim;
-  a.cu_q = a.cu_k = sequences.begins.data();
-  const auto rows = [&](int64_t i) { return sequences.rows(part(i), 3 * channels, b.dim, x); };
-  a.q = rows(0), a.k = rows(1), a.v = rows(2);
+  a.cu_q = queries.begins.data(), a.cu_k = keys.begins.data();
+  a.q = queries.rows(heads.q, heads.q_row, b.dim), a.k = keys.rows(heads.k, heads.row, b.dim), a.v = keys.rows(heads.v, heads.row, b.dim);
   if (b.normed) a.norm = packed::Norm::kLayer, a.norm_eps = b.scales.heads_eps, a.q_norm = b.q_norm, a.k_norm = b.k_norm;
   a.scale = b.scales.logits;
   const packed::Schedule schedule = packed::make_schedule(a.cu_q, a.cu_k, nullptr, a.sequences, a.kv_heads, num_threads(), true);
   a.schedule = &schedule;
-  a.out = sequences.rows(out, channels, b.dim, x);
+  a.out = queries.rows(out, b.channels(), b.dim);
   packed::kernels().forward(a);
 }
 
-void attend_mixed(const Block& b, const Tensor& x, const char* qkv, int64_t bytes, char* out) {
-  const int64_t channels = b.channels(), tokens = x.size(2) * x.size(3);
-  const auto map = [&](int64_t i) { return Map{const_cast<char*>(qkv) + i * channels * bytes, tokens * 3 * channels, b.dim, 3 * channels, 1}; };
+void attend_mixed(const Block& b, Dtype dtype, const Sequences& queries, const Sequences& keys, const Heads& heads, char* out) {
+  const auto map = [&](const char* data, int64_t tokens, int64_t row) { return Map{const_cast<char*>(data), tokens * row, b.dim, row, 1}; };
   const std::vector<double> zeros(static_cast<size_t>(b.heads));
   head_mixing::Forward a{};
-  a.dtype = dtype_of(x);
-  a.batch = x.size(0), a.heads = b.heads, a.queries = tokens, a.dim = a.value_dim = b.dim;
-  a.q = map(0), a.k = map(1), a.v = map(2);
+  a.dtype = dtype;
+  a.batch = keys.images, a.heads = b.heads, a.queries = queries.tokens, a.keys = keys.tokens, a.dim = a.value_dim = b.dim;
+  a.q = map(heads.q, queries.tokens, heads.q_row), a.k = map(heads.k, keys.tokens, heads.row), a.v = map(heads.v, keys.tokens, heads.row);
   a.norm = head_mixing::Norm::kLayer;
   a.mix = b.mix, a.mix_bias = zeros.data(), a.weight = b.mix_weight, a.constant = b.mix_bias;
   a.eps = b.scales.mix_eps, a.scale = b.scales.logits;
@@ -262,10 +305,15 @@ void attend_mixed(const Block& b, const Tensor& x, const char* qkv, int64_t byte
   head_mixing::kernels().forward(a);
 }
 
+void attend(const Block& b, Dtype dtype, const Sequences& queries, const Sequences& keys, const Heads& heads, char* out) {
+  (b.mixed ? attend_mixed : attend_softmax)(b, dtype, queries, keys, heads, out);
+}
+
 }  // namespace
 
 Tensor transformer_blocks(
-    const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width) {
+    const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width,
+    int64_t first) {
   STD_TORCH_CHECK(
       x.dim() == 4 && x.size(1) > 0 && bottleneck::channels_last(x), "vitkernels::transformer_blocks: x must be [B, C, H, W] in channels_last memory, with channels");
   STD_TORCH_CHECK(
@@ -273,47 +321,65 @@ Tensor transformer_blocks(
           numbers.scalar_type() == ScalarType::Double,
       "vitkernels::transformer_blocks: vectors must be of the accumulation dtype, matrices, too, or bfloat16, and numbers float64");
   const Reader reader(x, matrices, vectors, numbers, program);
-  const Sequences sequences(x, patch_height, patch_width);
-  STD_TORCH_CHECK(!reader.blocks().empty(), "vitkernels::transformer_blocks: the program is empty");
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3), pixels = x.size(0) * height * width;
+  const std::vector<Block>& blocks = reader.blocks();
+  STD_TORCH_CHECK(!blocks.empty(), "vitkernels::transformer_blocks: the program is empty");
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  const Sequences sequences(batch, height, width, patch_height, patch_width);
+  STD_TORCH_CHECK(first >= 0 && first <= height * width && (first == 0 || patch_height == 0),
+                  "vitkernels::transformer_blocks: first must be from 0, for all, to the ", height * width, " pixels of an image, and of patches it must be 0");
+  const bool fewer = first > 0;
+  const Sequences wanted = fewer ? Sequences(batch, 1, first) : sequences;
   const Bytes bytes{bytes_of(x), bytes_of(matrices), bytes_of(vectors)};
-  Tensor y = empty_strided({x.size(0), channels, height, width}, {height * width * channels, 1, width * channels, channels}, x.scalar_type());
+  const Dtype dtype = dtype_of(x);
+  Tensor y = empty_strided(
+      {batch, channels, wanted.height, wanted.width}, {wanted.height * wanted.width * channels, 1, wanted.width * channels, channels}, x.scalar_type());
   int64_t most = 0, most_hidden = 0;
-  for (const Block& b : reader.blocks()) {
+  for (const Block& b : blocks) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),
                     "vitkernels::transformer_blocks: bfloat16 matrices are for bfloat16 alone");
     STD_TORCH_CHECK(!b.mixed || patch_height == 0, "vitkernels::transformer_blocks: maps are mixed of whole images, not of patches");
     most = std::max(most, b.channels()), most_hidden = std::max(most_hidden, b.hidden);
   }
+  const int64_t pixels = sequences.pixels(), token = channels * bytes.tokens;
   if (pixels == 0) return y;
-  const bool by_outputs = shares_outputs(pixels, reader.blocks(), matrices.numel(), bytes);
-  const int64_t row = hidden_row(most_hidden, bytes.tokens);
-  const Buffer<char> qkv(pixels * 3 * most * bytes.tokens), attended(pixels * most * bytes.tokens), hidden(by_outputs ? pixels * row * bytes.tokens : 0);
+  const Passes all(pixels, blocks, matrices.numel(), most_hidden, bytes);
+  const Buffer<char> qkv(pixels * 3 * most * bytes.tokens), attended(pixels * most * bytes.tokens), stream(fewer ? pixels * token : 0);
   const char* from = static_cast<const char*>(x.data_ptr());
-  char* const to = static_cast<char*>(y.data_ptr());
-  const std::vector<Block>& blocks = reader.blocks();
-  for_shares(pixels, kLeastTokens, [&](int64_t first, int64_t count) { run_pass(blocks[0].in, first, count, bytes.tokens, from, qkv); });
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const Block& b = blocks[i];
-    if (b.mixed) {
-      attend_mixed(b, x, qkv, bytes.tokens, attended);
+  char* const to = fewer ? stream.get() : static_cast<char*>(y.data_ptr());
+
+  // Of a last block whose tokens are not all wanted, the keys and values alone, from the panel on that they begin in.
+  const Block& last = blocks.back();
+  const int64_t skipped = last.channels() / kPanel * kPanel;
+  const bottleneck::Bottleneck keys_and_values = columns_of(last.in, skipped, 3 * last.channels() - skipped, bytes);
+  const auto begin = [&](size_t i) { return fewer && &blocks[i] == &last ? std::pair(&keys_and_values, qkv + skipped * bytes.tokens) : std::pair(&blocks[i].in, qkv.get()); };
+  const auto heads_of = [&](const Block& b) {
+    const int64_t part = b.channels() * bytes.tokens;
+    return Heads{qkv, qkv + part, qkv + 2 * part, 3 * b.channels(), 3 * b.channels()};
+  };
+
+  const auto [layer, out] = begin(0);
+  all.one(*layer, from, out);
+  for (size_t i = 0; i + (fewer ? 1 : 0) < blocks.size(); ++i, from = to) {
+    attend(blocks[i], dtype, sequences, sequences, heads_of(blocks[i]), attended);
+    if (i + 1 == blocks.size()) {
+      all.behind_attention(blocks[i], attended, from, to, nullptr, nullptr);
     } else {
-      attend(b, x, sequences, qkv, bytes.tokens, attended);
+      const auto [next, next_out] = begin(i + 1);
+      all.behind_attention(blocks[i], attended, from, to, next, next_out);
     }
-    if (by_outputs) {
-      run_by_outputs(b.out, pixels, bytes, attended, to, from);
-      run_by_outputs(expansion_of(b.mlp, row), pixels, bytes, to, hidden);
-      run_by_outputs(reduction_of(b.mlp, row), pixels, bytes, hidden, to, to);
-      if (i + 1 < blocks.size()) run_by_outputs(blocks[i + 1].in, pixels, bytes, to, qkv);
-    } else {
-      for_shares(pixels, kLeastTokens, [&](int64_t first, int64_t count) {
-        run_pass(b.out, first, count, bytes.tokens, attended, to, from);
-        run_pass(b.mlp, first, count, bytes.tokens, to, to, to);  // in place: a token is read before it is written, and by no other
-        if (i + 1 < blocks.size()) run_pass(blocks[i + 1].in, first, count, bytes.tokens, to, qkv);
-      });
-    }
-    from = to;
   }
+  if (!fewer) return y;
+
+  const Passes few(wanted.pixels(), blocks, matrices.numel(), most_hidden, bytes);
+  const Buffer<char> tokens(few.tokens * token), queries(few.tokens * last.channels() * bytes.tokens);
+  for (int64_t b = 0; b < batch; ++b) std::memcpy(tokens + b * first * token, from + b * height * width * token, static_cast<size_t>(first * token));
+  bottleneck::Bottleneck of_queries = columns_of(last.in, 0, last.channels(), bytes);
+  of_queries.y_row = last.channels();
+  few.one(of_queries, tokens, queries);
+  Heads heads = heads_of(last);
+  heads.q = queries, heads.q_row = last.channels();
+  attend(last, dtype, wanted, sequences, heads, attended);
+  few.behind_attention(last, attended, tokens, static_cast<char*>(y.data_ptr()), nullptr, nullptr);
   return y;
 }
 

@@ -10,6 +10,7 @@ namespace vitkernels {
 using torch::stable::Tensor;
 
 Tensor transformer_blocks(
-    const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width);
+    const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width,
+    int64_t first);
 
 }  // namespace vitkernels

@@ -96,7 +96,7 @@ class Tile {
       products_.product(rows, n_.dim, queries_, keys + h * products_.panels_size(n_.dim), [&](int64_t i, int64_t c, Vec<T> acc) {
         store(at + i * n_.map_row + c * kLanes<T>, acc * scale);
       });
-      softmax_rows<T>(n_, rows, at, inverse_ + h * n_.rows, lse ? lse + (sample * n_.heads + h) * n_.tokens + first : nullptr);
+      softmax_rows<T>(n_, rows, at, inverse_ + h * n_.rows, lse ? lse + (sample * n_.heads + h) * n_.queries + first : nullptr);
       if (a_.dropout) drop_rows<T>(a_, sample, h, first, rows, at, n_.map_row, 0, n_.tokens);
     }
   }
@@ -145,7 +145,7 @@ class Tile {
         store(target, acc + (first ? load(sums + c * kLanes<T>) * constant : load(target)));
       });
       const int64_t row = n_.heads * n_.value_dim;
-      void* target = static_cast<char*>(out) + ((sample * n_.tokens + first) * row + g * n_.value_dim) * io_.bytes;
+      void* target = static_cast<char*>(out) + ((sample * n_.queries + first) * row + g * n_.value_dim) * io_.bytes;
       io_.store_rows({target, row * io_.bytes, 1}, rows, n_.value_dim, out_, n_.value_row);
     }
   }
@@ -255,7 +255,7 @@ void for_tiles(const Attention& a, const Sizes<T>& n, bool need_values, const Bo
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (t >= tiles) return;
         const int64_t i = t / n.tiles(), row = t % n.tiles() * n.rows, at = i * n.heads;
-        body(tile, first + i, row, min_of(n.rows, n.tokens - row), keys + at * keys_size, values + at * products.values_size(), sums + at * n.value_row, first * n.tiles() + t);
+        body(tile, first + i, row, min_of(n.rows, n.queries - row), keys + at * keys_size, values + at * products.values_size(), sums + at * n.value_row, first * n.tiles() + t);
       }
     });
   }

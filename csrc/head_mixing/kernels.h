@@ -15,8 +15,8 @@ enum class Norm { kNone, kBatch, kLayer };
 // reaches the output as constant[g] * colsum(V_g).
 struct Attention {
   Dtype dtype;
-  int64_t batch, heads, queries, dim, value_dim;  // queries: also the number of keys, N
-  Map q, k, v;                                    // [B, H, N, D]: batch, head, token and channel strides
+  int64_t batch, heads, queries, keys, dim, value_dim;  // moments and the backward: as many queries as keys, N
+  Map q, k, v;                                    // [B, H, queries or keys, D]: batch, head, token and channel strides
   Norm norm;
   const double* mix;        // [heads][heads], out by in
   const double* mix_bias;   // [heads], what is added before a layer norm
@@ -31,14 +31,14 @@ struct Attention {
 
   // How many elements a head's maps have; 1 of none, whose sums are all zero.
   double elements() const {
-    const double count = static_cast<double>(batch) * static_cast<double>(queries) * static_cast<double>(queries);
+    const double count = static_cast<double>(batch) * static_cast<double>(queries) * static_cast<double>(keys);
     return count > 0 ? count : 1;
   }
 };
 
 struct Forward : Attention {
-  void* out;  // [B, H, N, D_v], in memory [B, N, H, D_v]
-  double* lse;  // contiguous [B, H, N], or null
+  void* out;  // [B, H, queries, D_v], in memory [B, queries, H, D_v]
+  double* lse;  // contiguous [B, H, queries], or null
 };
 
 // Of the maps minus `centre`, over batch, queries and keys: sums [heads] and products [heads][heads]; lse as in Forward.

@@ -42,7 +42,7 @@ void fill(head_mixing::Attention& a, const Tensor& q, const Tensor& k, const Ten
   STD_TORCH_CHECK(q.size(1) <= 64, "vitkernels::re_attention: at most 64 heads");
   STD_TORCH_CHECK(norm >= 0 && norm <= 2, "vitkernels::re_attention: norm must be 0 to 2");
   a.dtype = dtype_of(q);
-  a.batch = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.dim = q.size(3), a.value_dim = v.size(3);
+  a.batch = q.size(0), a.heads = q.size(1), a.queries = a.keys = q.size(2), a.dim = q.size(3), a.value_dim = v.size(3);
   a.q = map_of(q), a.k = map_of(k), a.v = map_of(v);
   a.norm = static_cast<head_mixing::Norm>(norm);
   a.eps = eps, a.scale = scale;

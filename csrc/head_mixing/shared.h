@@ -34,14 +34,14 @@ inline void for_keys(int64_t tokens, const Body& body) {
 template <class T>
 struct Sizes {
   static constexpr int64_t lanes = kLanes<T>;
-  const int64_t heads, tokens, dim, value_dim, dim_row, value_row, map_row, rows;
+  const int64_t heads, queries, tokens, dim, value_dim, dim_row, value_row, map_row, rows;
 
   explicit Sizes(const Attention& a)
-      : heads(a.heads), tokens(a.queries), dim(a.dim), value_dim(a.value_dim), dim_row(round_up(dim, lanes)), value_row(round_up(value_dim, lanes)),
+      : heads(a.heads), queries(a.queries), tokens(a.keys), dim(a.dim), value_dim(a.value_dim), dim_row(round_up(dim, lanes)), value_row(round_up(value_dim, lanes)),
         map_row(round_up(tokens, kPanel<T>)),
-        rows(round_up(max_of<int64_t>(min_of(kTileBytes / max_of<int64_t>(heads * map_row * static_cast<int64_t>(sizeof(T)), 1), min_of(kMostRows, tokens)), 1), kBlockRows)) {}
+        rows(round_up(max_of<int64_t>(min_of(kTileBytes / max_of<int64_t>(heads * map_row * static_cast<int64_t>(sizeof(T)), 1), min_of(kMostRows, queries)), 1), kBlockRows)) {}
 
-  int64_t tiles() const { return ceil_div(tokens, rows); }
+  int64_t tiles() const { return ceil_div(queries, rows); }
   // What the maps of one head, `count` rows, take of a tile's. The mix reads and writes one place of all heads at a time: were they a multiple of 4096 bytes apart,
   // as 32 rows of 224 are, they would all fall into one set of the L1 cache.
   int64_t head_size(int64_t count) const { return count * map_row + kPanel<T>; }
@@ -123,7 +123,7 @@ template <class T>
 inline void drop_rows(
     const Attention& a, int64_t sample, int64_t head, int64_t first, int64_t rows, T* maps, int64_t row, int64_t first_key, int64_t count) {
   const T factor = static_cast<T>(a.keep_factor);
-  const int64_t query = sample * a.queries + first, key = sample * a.queries + first_key;
+  const int64_t query = sample * a.queries + first, key = sample * a.keys + first_key;
   for (int64_t group = query / 4; group * 4 < query + rows; ++group) {
     for (int64_t j = 0; j < count; j += kPhiloxLanes) {
       PhiloxWords words;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitkernels.integrations import _accelerate, blocks, folded, mobilevit, patch_embedding, timm, transformers, vit_pytorch
+from vitkernels.integrations import _accelerate, blocks, classifiers, folded, mobilevit, patch_embedding, timm, transformers, vit_pytorch
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models whose convolutions, MLPs and transformer blocks are left alone, for tests of what is done to their attention."""
     for name in (*folded.TABLE, *blocks.TABLE):
         monkeypatch.delitem(_accelerate._TABLE, name)
-    for family in (blocks, patch_embedding):
+    for family in (blocks, classifiers, patch_embedding):
         monkeypatch.setattr(family, "match", lambda module: None)
     for name in mobilevit.TABLE:
         monkeypatch.setitem(_accelerate._TABLE, name, {**timm.TABLE, **transformers.TABLE, **vit_pytorch.TABLE}[name])

@@ -107,6 +107,22 @@ def test_against_float64(name: str, dtype: torch.dtype) -> None:
     assert verdict.holds, verdict
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, (_, patch, _) in CASES.items() if patch is None])
+def test_the_first_tokens_alone(name: str, dtype: torch.dtype) -> None:
+    x, blocks, _ = drawn(name, dtype)
+    weights, exactly = packed(blocks, dtype), [cast(block, torch.float64) for block in blocks]
+    for first in {1, min(2, x[0, 0].numel()), x[0, 0].numel()}:
+        before, found = x.clone(), op.run(x, weights, None, first)
+        assert torch.equal(x, before) and found.dtype is dtype and found.is_contiguous(memory_format=torch.channels_last)
+        exact = transformer_blocks(x.double(), exactly, None, first)
+        if dtype is torch.float64:
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-13 * float(exact.abs().max()))
+            continue
+        verdict = compare_tensors("output", found, transformer_blocks(x, blocks, None, first), exact)
+        assert verdict.holds, verdict
+
+
 @pytest.mark.parametrize("shape", [(0, 40, 1, 4), (2, 40, 1, 0)], ids=str)
 @pytest.mark.parametrize("name", ["tokens", "mixed"])
 def test_nothing_to_attend_to(name: str, shape: tuple[int, ...]) -> None:
@@ -133,9 +149,9 @@ def test_threads_and_callers_change_no_bit(name: str, dtype: torch.dtype) -> Non
     weights, threads = packed(blocks, dtype), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = op.run(x, weights, patch)
+        alone, first = op.run(x, weights, patch), op.run(x, weights, patch, 1)
         torch.set_num_threads(3)
-        assert torch.equal(op.run(x, weights, patch), alone)
+        assert torch.equal(op.run(x, weights, patch), alone) and torch.equal(op.run(x, weights, patch, 1), first)
     finally:
         torch.set_num_threads(threads)
     with ThreadPoolExecutor(4) as pool:
@@ -147,15 +163,17 @@ def test_refusals() -> None:
     x, weights = x.contiguous(memory_format=torch.channels_last), packed(blocks, torch.float32)
     matrices, vectors, numbers, program = weights
     bad: dict[str, tuple[Any, ...]] = {
-        "needs more matrices": (x, matrices[:-32], vectors, numbers, program, 0, 0),
-        "needs .* vectors, and there are": (x, matrices, torch.cat([vectors, vectors[:32]]), numbers, program, 0, 0),
-        "ends within a block": (x, matrices, vectors, numbers, program[:-1], 0, 0),
-        "the program holds": (x, matrices, vectors, numbers, (0, *program[1:]), 0, 0),
-        "the program is empty": (x, matrices[:0], vectors[:0], numbers[:0], (), 0, 0),
-        "the patch must divide": (x, *weights, 1, 3),
-        "of the accumulation dtype": (x, matrices, vectors.double(), numbers, program, 0, 0),
-        "for bfloat16 alone": (x, matrices.bfloat16(), vectors, numbers, program, 0, 0),
-        "channels_last": (torch.randn(2, 40, 5, 7), *weights, 0, 0),
+        "needs more matrices": (x, matrices[:-32], vectors, numbers, program, 0, 0, 0),
+        "needs .* vectors, and there are": (x, matrices, torch.cat([vectors, vectors[:32]]), numbers, program, 0, 0, 0),
+        "ends within a block": (x, matrices, vectors, numbers, program[:-1], 0, 0, 0),
+        "the program holds": (x, matrices, vectors, numbers, (0, *program[1:]), 0, 0, 0),
+        "the program is empty": (x, matrices[:0], vectors[:0], numbers[:0], (), 0, 0, 0),
+        "the patch must divide": (x, *weights, 1, 3, 0),
+        "first must be from 0": (x, *weights, 0, 0, 71),
+        "of patches it must be 0": (x, *weights, 1, 7, 1),
+        "of the accumulation dtype": (x, matrices, vectors.double(), numbers, program, 0, 0, 0),
+        "for bfloat16 alone": (x, matrices.bfloat16(), vectors, numbers, program, 0, 0, 0),
+        "channels_last": (torch.randn(2, 40, 5, 7), *weights, 0, 0, 0),
     }
     for words, arguments in bad.items():
         with pytest.raises(RuntimeError, match=words):
@@ -166,4 +184,6 @@ def test_refusals() -> None:
 
 def test_schema() -> None:
     x, blocks, patch = drawn("patches", torch.float32)
-    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), *patch))
+    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), *patch, 0))
+    x, blocks, _ = drawn("tokens", torch.float32)
+    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 2))

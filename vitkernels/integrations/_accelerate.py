@@ -10,7 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from vitkernels.integrations import blocks, folded, learnable_memory, mobilevit, official, patch_embedding, timm, transformers, vit_pytorch
+from vitkernels.integrations import (
+    blocks,
+    classifiers,
+    folded,
+    learnable_memory,
+    mobilevit,
+    official,
+    patch_embedding,
+    timm,
+    transformers,
+    vit_pytorch,
+)
 from vitkernels.integrations._fused import Fused, is_fused, last_fallback, origin, published, qualified, restore, swap
 
 _TABLE: dict[str, type[Fused]] = {
@@ -232,7 +243,7 @@ def _find(module: nn.Module) -> tuple[type[Fused], str, str | None] | None:
         return mixin, qualified(published(original)), "already accelerated"
     if name in _TABLE:
         return _TABLE[name], name, None
-    for match in (official.match, blocks.match, patch_embedding.match):
+    for match in (official.match, blocks.match, patch_embedding.match, classifiers.match):
         if (by_content := match(module)) is not None:
             return by_content, name, None
     for base in cls.__mro__[1:]:

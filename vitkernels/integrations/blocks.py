@@ -9,7 +9,9 @@ replacements, for calls that the original of the block has to make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from vitkernels.integrations import attention_interface, dense
 from vitkernels.integrations._fused import Fused, Role, original_name
-from vitkernels.integrations.dense import Patch
 from vitkernels.integrations.folded import TRANSFORMERS_VITS, Evaluated, Linears, Plan, Run, mlp_layers, no_change, of_linears, plain, token_norm
 from vitkernels.integrations.head_mixing import VitPytorchAttention
 from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttention
@@ -48,11 +49,11 @@ class Block(NamedTuple):
         return reference.Block(passes[0], self.attention(), *passes[1:])
 
 
-def bind(blocks: Sequence[Block], dtype: torch.dtype) -> Callable[[Tensor, Patch], Tensor]:
-    """The blocks of a map [B, C, H, W], their weights packed for activations of ``dtype``."""
+def bind(blocks: Sequence[Block], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The blocks of a map [B, C, H, W], their weights packed for activations of ``dtype``; called with what ``op.run`` is."""
     accumulation = _define.accumulation_dtype(dtype)
     packed = op.pack([block.folded(accumulation) for block in blocks], dtype)
-    return lambda x, patch: op.run(x, packed, patch)
+    return lambda x, patch, first=None: op.run(x, packed, patch, first)
 
 
 def softmax(heads: int, scale: float | None, q_norm: nn.LayerNorm | None = None, k_norm: nn.LayerNorm | None = None) -> Callable[[], Softmax]:
@@ -83,17 +84,34 @@ def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Call
     return lambda: Mixing(heads, scale, weight.t(), Norm("token", norm.weight, norm.bias, norm.eps))
 
 
-class _OfTokens(Linears):
+_running = threading.local()
+_ALL: tuple[nn.Module | None, int] = (None, 0)
+
+
+@contextlib.contextmanager
+def only_first(module: nn.Module, first: int) -> Iterator[None]:
+    """In this thread whoever calls ``module``, a replacement, reads its ``first`` tokens, and it may return no more than these."""
+    before, _running.read = getattr(_running, "read", _ALL), (module, first)
+    try:
+        yield
+    finally:
+        _running.read = before
+
+
+class OfTokens(Linears):
     """What takes tokens [B, N, C]."""
 
     _vk_op: ClassVar[str] = op.NAME
     _vk_dims: ClassVar[range] = range(3, 4)
 
-    def _vk_folded(self, x: Any) -> Tensor | None:
-        return None if one_by_one() else super()._vk_folded(x)
+    def _vk_folded(self, x: Any, *more: Any) -> Tensor | None:
+        if one_by_one():
+            return None
+        module, first = getattr(_running, "read", _ALL)
+        return super()._vk_folded(x, *((first,) if module is self else more))
 
 
-class _InARow(_OfTokens):
+class _InARow(OfTokens):
     """Several modules of which each has a replacement of its own, ``_vk_each``, as one."""
 
     _vk_each: ClassVar[Any]
@@ -125,7 +143,7 @@ class _InARow(_OfTokens):
 
 
 def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Plan:
-    """Blocks one after the other, on tokens [B, N, C] or on a map [B, H/ph, ph, W/pw, pw, C]; ``last`` sees the tokens behind them."""
+    """Blocks one after the other, on tokens [B, N, C] or on a map [B, H/ph, ph, W/pw, pw, C]; ``last`` sees what is behind them."""
     if not blocks:
         raise UnfitError("it has no layers")
 
@@ -134,11 +152,11 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
             return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
         blocks_of, channels = bind(blocks, dtype), blocks[0].project_in.channels
 
-        def run(x: Tensor) -> Tensor | None:
+        def run(x: Tensor, first: int | None = None) -> Tensor | None:
             if x.shape[-1] != channels:
                 return None
             patch = dense.patch_of(x)
-            y = blocks_of(x.contiguous().mT.unsqueeze(2) if patch is None else dense.as_map(x), patch)
+            y = blocks_of(x.contiguous().mT.unsqueeze(2), None, first) if patch is None else blocks_of(dense.as_map(x), patch)
             y = y.squeeze(2).mT if patch is None else dense.as_tokens(y, patch)
             return y if last is None else last(y)
 
@@ -150,7 +168,7 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
 # --- timm ----------------------------------------------------------------------------------------------------------------------------
 
 
-class TimmBlock(_OfTokens):
+class TimmBlock(OfTokens):
     """``vision_transformer.Block``: of every plain ViT, and of MobileViT, which hands it a map of six dimensions."""
 
     _vk_dims: ClassVar[range] = range(3, 7, 3)
@@ -227,7 +245,7 @@ _LAYER_SCALES = {"timm.layers.layer_scale.LayerScale": "gamma", "transformers.mo
 # --- vit_pytorch ---------------------------------------------------------------------------------------------------------------------
 
 
-class VitPytorchTransformer(_OfTokens):
+class VitPytorchTransformer(OfTokens):
     """``Transformer`` of ``vit``, ``simple_vit`` and ``deepvit``: all of its blocks, whose norms are inside of attention and MLP."""
 
     @classmethod
@@ -272,7 +290,7 @@ _VIT_PYTORCH: dict[str, Any] = {
 # --- transformers --------------------------------------------------------------------------------------------------------------------
 
 
-class TransformersBlock(_OfTokens):
+class TransformersBlock(OfTokens):
     """``ViTLayer``, ``DeiTLayer``, ``Dinov2Layer``, ``CLIPEncoderLayer`` and ``SiglipEncoderLayer``, where they would call SDPA."""
 
     @classmethod
@@ -361,7 +379,7 @@ class TransformersModel(TransformersBlocks):
 
         def bind(dtype: torch.dtype) -> Run | str:
             run = layers.bind(dtype)
-            return run if isinstance(run, str) else lambda pixels: run(embeddings(pixels))
+            return run if isinstance(run, str) else lambda pixels, *more: run(embeddings(pixels), *more)
 
         return Plan(bind)
 

@@ -20,7 +20,7 @@ from vitkernels.nn._derived import Derived, gradient_wanted
 from vitkernels.nn._folded import Bottleneck, Layer, UnfitError, bottleneck, onednn, single
 from vitkernels.ops.bottleneck.op import NAME, bfloat16_products
 
-Run = Callable[[Tensor], Tensor | None]
+Run = Callable[..., Tensor | None]
 """A forward; None for an input that the original is to refuse."""
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -56,8 +56,8 @@ class Evaluated(Fused):
         """A call cannot run folded, for a reason that is worth reporting."""
         fell_back(self, reason)
 
-    def _vk_folded(self, x: Any) -> Tensor | None:
-        """The folded forward, or None where this call is not for it."""
+    def _vk_folded(self, x: Any, *more: Any) -> Tensor | None:
+        """The folded forward, given ``more`` of what a plan of this class takes, or None where this call is not for it."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
             return None
         if self.training:
@@ -79,7 +79,7 @@ class Evaluated(Fused):
             bind = plan.bind
             bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))
             if not isinstance(bound, str):
-                return bound(x)
+                return bound(x, *more)
             reason = bound
         self._vk_left(reason)
         return None
@@ -379,9 +379,14 @@ def token_norm(module: Any) -> nn.LayerNorm:
     """
     if original_name(module) not in _LAYER_NORMS:
         raise UnfitError(f"its norm is a {type(module).__name__}")
-    if len(module.normalized_shape) != 1:
+    if not is_token_norm(module):
         raise UnfitError("its LayerNorm is over more than the channels")
     return module
+
+
+def is_token_norm(module: Any) -> bool:
+    """Whether it is a LayerNorm over the channels."""
+    return original_name(module) in _LAYER_NORMS and len(module.normalized_shape) == 1
 
 
 _LAYER_NORMS = frozenset({"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32"})

@@ -30,12 +30,14 @@ backends.declare(NAME, backends.Support(triton=()))
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    first = args[-1]
+    like = x.new_empty((*x.shape[:2], 1, first)) if first else x
+    return torch.empty_like(like, memory_format=torch.channels_last)
 
 
 _define.define_for_inference(
     NAME,
-    schema="(Tensor x, Tensor matrices, Tensor vectors, Tensor numbers, int[] program, int patch_height, int patch_width) -> Tensor",
+    schema="(Tensor x, Tensor matrices, Tensor vectors, Tensor numbers, int[] program, int patch_height, int patch_width, int first) -> Tensor",
     fake=_fake,
     instead="the layers they stand for",
 )
@@ -126,7 +128,7 @@ def _padded(vector: Tensor) -> Tensor:
     return F.pad(vector, (0, -vector.shape[0] % bottleneck.PANEL))
 
 
-def run(x: Tensor, packed: Packed, patch: Patch = None) -> Tensor:
+def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None) -> Tensor:
     """The blocks of ``x``.
 
     Args:
@@ -134,13 +136,15 @@ def run(x: Tensor, packed: Packed, patch: Patch = None) -> Tensor:
         packed: the blocks, packed for activations of its dtype.
         patch: (height, width) of patches that divide the map: pixels attend to those at their own position in all patches of their image, as in
             MobileViT. None: to all of their image.
+        first: how many pixels of each image are wanted, row by row from its first one on, without a patch; None: all. Of the last block the others
+            get keys and values, and nothing else.
 
     Returns:
-        [B, C, H, W] in channels_last memory, of the dtype of ``x``.
+        [B, C, H, W], or [B, C, 1, first], in channels_last memory, of the dtype of ``x``.
 
     Raises:
         RuntimeError: shapes or dtypes that do not go together.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     tensors = packed.matrices, packed.vectors, packed.numbers
-    return _define.call(_op, _define.differentiable(x), x, *tensors, packed.program, *(patch or (0, 0)))
+    return _define.call(_op, _define.differentiable(x), x, *tensors, packed.program, *(patch or (0, 0)), first or 0)

@@ -50,12 +50,12 @@ class Block(NamedTuple):
     mlp: Pass
 
 
-def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None) -> Tensor:
-    """[B, C, H, W] through the blocks, one after the other."""
+def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None, first: int | None = None) -> Tensor:
+    """[B, C, H, W] through the blocks, one after the other; with ``first`` the first so many pixels of that, [B, C, 1, first]."""
     for block in blocks:
         x = x + _pass(_attend(_pass(x, block.project_in), block.attention, patch), block.project_out)
         x = x + _pass(x, block.mlp)
-    return x
+    return x if first is None else x.flatten(2)[:, :, None, :first]
 
 
 def _pass(x: Tensor, one: Pass) -> Tensor:
