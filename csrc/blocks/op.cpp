@@ -9,7 +9,7 @@
 
 #include "bottleneck/kernels.h"
 #include "bottleneck/op.h"
-#include "common/parallel.h"
+#include "bottleneck/sharing.h"
 #include "common/scratch.h"
 #include "head_mixing/kernels.h"
 #include "head_mixing/op.h"
@@ -18,14 +18,8 @@
 namespace vitkernels {
 namespace {
 
-using bottleneck::kPanel;
-
-int64_t padded(int64_t channels) { return (channels + kPanel - 1) / kPanel * kPanel; }
-
-int64_t bytes_of(const Tensor& t) {
-  const Dtype dtype = dtype_of(t);
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+using bottleneck::Bytes, bottleneck::columns_of, bottleneck::expansion_of, bottleneck::for_shares, bottleneck::hidden_row, bottleneck::kLeastTokens,
+    bottleneck::kPanel, bottleneck::padded, bottleneck::reduction_of, bottleneck::run_by_outputs, bottleneck::run_pass;
 
 // A packed tensor, handed out piece by piece. Python has packed it for the program: the checks guard direct callers of torch.ops from reading out of bounds.
 class Pieces {
@@ -50,11 +44,6 @@ class Pieces {
   int64_t at_ = 0;
 };
 
-// Of an element, of tokens and packed weights.
-struct Bytes {
-  int64_t tokens, matrices, vectors;
-};
-
 struct Scales {
   double logits, in_eps, heads_eps, out_eps, mlp_eps, mix_eps;
 };
@@ -74,7 +63,7 @@ struct Block {
 class Reader {
  public:
   Reader(const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, const std::vector<int64_t>& program)
-      : x_(x), matrix_(matrices), program_(program), matrices_(matrices, bytes_of(matrices), "matrices"), vectors_(vectors, bytes_of(vectors), "vectors"),
+      : x_(x), matrix_(matrices), program_(program), matrices_(matrices, bottleneck::bytes_of(dtype_of(matrices)), "matrices"), vectors_(vectors, bottleneck::bytes_of(dtype_of(vectors)), "vectors"),
         numbers_(numbers, sizeof(double), "numbers") {
     while (at_ < program_.size()) blocks_.push_back(block());
     matrices_.end(), vectors_.end(), numbers_.end();
@@ -167,79 +156,11 @@ struct Heads {
   int64_t q_row, row;
 };
 
-// body(first, count) for every thread's share of `total`, of `least` or more, if there are as many.
-template <class Body>
-void for_shares(int64_t total, int64_t least, const Body& body) {
-  struct Context {
-    int64_t total, workers;
-    const Body& body;
-  } context{total, std::min(num_threads(), std::max<int64_t>(total / least, 1)), body};
-  const auto run = [](void* data, int64_t i) {
-    const Context& c = *static_cast<const Context*>(data);
-    const int64_t first = c.total * i / c.workers;
-    c.body(first, c.total * (i + 1) / c.workers - first);
-  };
-  parallel_for(context.workers, run, &context);
-}
-
-// Tokens with that many neighbours have the same result whatever the number of threads.
-constexpr int64_t kLeastTokens = 3;
-
-// One pass of tokens [first, first + count); x, y and residual are those of all tokens.
-void run_pass(bottleneck::Bottleneck a, int64_t first, int64_t count, int64_t bytes, const char* x, char* y, const char* residual = nullptr) {
-  a.width = a.out_width = count;
-  a.x = x + first * a.x_row * bytes, a.y = y + first * a.y_row * bytes;
-  a.residual = residual ? residual + first * a.y_row * bytes : nullptr;
-  bottleneck::kernels().forward(a);
-}
-
-// The two layers of an MLP, whose hidden tokens are `row` elements apart.
-bottleneck::Bottleneck expansion_of(bottleneck::Bottleneck mlp, int64_t row) {
-  mlp.out = mlp.hidden, mlp.hidden = mlp.in, mlp.y_row = row;
-  mlp.project_weight = std::exchange(mlp.expand_weight, nullptr), mlp.project_bias = std::exchange(mlp.expand_bias, nullptr);
-  mlp.out_activation = std::exchange(mlp.activation, bottleneck::Activation::kNone);
-  return mlp;
-}
-bottleneck::Bottleneck reduction_of(bottleneck::Bottleneck mlp, int64_t row) {
-  mlp.in = mlp.hidden, mlp.x_row = row;
-  mlp.norm = bottleneck::Norm::kNone, mlp.norm_weight = mlp.norm_bias = nullptr;
-  mlp.expand_weight = mlp.expand_bias = nullptr, mlp.activation = bottleneck::Activation::kNone;
-  return mlp;
-}
-
-// The distance of hidden tokens: an odd number of cache lines, or the rows of a tile would fall into few sets of the L1 cache.
-int64_t hidden_row(int64_t hidden, int64_t bytes) {
-  const int64_t line = 64 / bytes;
-  return ((hidden + line - 1) / line | 1) * line;
-}
-
-// Whether threads share out the outputs of each layer instead of the tokens. Of few tokens each has few, and would read all of the matrices for these, from beyond
-// its own cache; on the other hand threads meet behind every layer then. Hidden tokens are kept as the matrices are.
+// Whether threads share out the outputs of each layer, see there.
 bool shares_outputs(int64_t tokens, const std::vector<Block>& blocks, int64_t matrices, Bytes bytes) {
-  constexpr int64_t kTokens = 32, kRows = 8, kWorth = int64_t{1} << 20;  // a thread's, those of a tile, bytes of a block's matrices
-  const auto per = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
   int64_t narrowest = matrices;
   for (const Block& b : blocks) narrowest = std::min({narrowest, b.out.out, b.hidden});
-  const int64_t threads = num_threads(), tiles = per(tokens, kRows), panels = padded(narrowest) / kPanel;
-  return threads > 1 && bytes.tokens == bytes.matrices && tokens <= kTokens * threads && matrices * bytes.matrices >= kWorth * static_cast<int64_t>(blocks.size()) &&
-         tiles * per(panels, threads) <= per(tiles, threads) * panels;  // the threads are as evenly loaded
-}
-
-// A layer's outputs from `first` on, which begins a panel.
-bottleneck::Bottleneck columns_of(bottleneck::Bottleneck a, int64_t first, int64_t count, Bytes bytes) {
-  a.out = count;
-  a.project_weight = static_cast<const char*>(a.project_weight) + first * a.hidden * bytes.matrices;
-  a.project_bias = static_cast<const char*>(a.project_bias) + first * bytes.vectors;
-  return a;
-}
-
-// One layer of all tokens, its outputs shared out.
-void run_by_outputs(const bottleneck::Bottleneck& a, int64_t tokens, Bytes bytes, const char* x, char* y, const char* residual = nullptr) {
-  for_shares(padded(a.out) / kPanel, 1, [&](int64_t panel, int64_t panels) {
-    const int64_t first = panel * kPanel;
-    const bottleneck::Bottleneck own = columns_of(a, first, std::min(panels * kPanel, a.out - first), bytes);
-    run_pass(own, 0, tokens, bytes.tokens, x, y + first * bytes.tokens, residual ? residual + first * bytes.tokens : nullptr);
-  });
+  return bottleneck::shares_outputs(tokens, narrowest, matrices * bytes.matrices / static_cast<int64_t>(blocks.size()), bytes);
 }
 
 // How some tokens go through the layers.
@@ -329,7 +250,7 @@ Tensor transformer_blocks(
                   "vitkernels::transformer_blocks: first must be from 0, for all, to the ", height * width, " pixels of an image, and of patches it must be 0");
   const bool fewer = first > 0;
   const Sequences wanted = fewer ? Sequences(batch, 1, first) : sequences;
-  const Bytes bytes{bytes_of(x), bytes_of(matrices), bytes_of(vectors)};
+  const Bytes bytes{bottleneck::bytes_of(dtype_of(x)), bottleneck::bytes_of(dtype_of(matrices)), bottleneck::bytes_of(dtype_of(vectors))};
   const Dtype dtype = dtype_of(x);
   Tensor y = empty_strided(
       {batch, channels, wanted.height, wanted.width}, {wanted.height * wanted.width * channels, 1, wanted.width * channels, channels}, x.scalar_type());

@@ -2,6 +2,8 @@
 #include "bottleneck/op.h"
 
 #include "bottleneck/kernels.h"
+#include "bottleneck/sharing.h"
+#include "common/scratch.h"
 
 namespace vitkernels {
 namespace bottleneck {
@@ -42,6 +44,24 @@ bool pairs_of(const Tensor& x, const Tensor& weight, int64_t in, int64_t hidden)
       kernels().pairs && in % 2 == 0 && hidden % 2 == 0,
       "vitkernels: bfloat16 weights need bfloat16 products (avx512_bf16) and even numbers of channels, which are ", in, " and ", hidden);
   return true;
+}
+
+// The whole pass, its outputs shared out where that is better.
+static void run(const Bottleneck& a) {
+  const int64_t tokens = a.batch * a.height * a.width, arithmetic = bytes_of(a.dtype == Dtype::kFloat64 ? a.dtype : Dtype::kFloat32);
+  const Bytes bytes{bytes_of(a.dtype), a.pairs ? 2 : arithmetic, arithmetic};
+  const int64_t matrices = (a.expand_weight ? padded(a.hidden) * a.in : 0) + padded(a.out) * a.hidden;
+  const int64_t narrowest = a.expand_weight ? std::min(a.hidden, a.out) : a.out;
+  if (a.depthwise_weight || a.norm == Norm::kSample || !shares_outputs(tokens, narrowest, matrices * bytes.matrices, bytes)) return kernels().forward(a);
+  Bottleneck flat = a;
+  flat.batch = flat.height = flat.out_height = 1;
+  const auto *x = static_cast<const char*>(a.x), *residual = static_cast<const char*>(a.residual);
+  auto* const y = static_cast<char*>(a.y);
+  if (!a.expand_weight) return run_by_outputs(flat, tokens, bytes, x, y, residual);
+  const int64_t row = hidden_row(a.hidden, bytes.tokens);
+  const Buffer<char> hidden(tokens * row * bytes.tokens);
+  run_by_outputs(expansion_of(flat, row), tokens, bytes, x, hidden);
+  run_by_outputs(reduction_of(flat, row), tokens, bytes, hidden, y, residual);
 }
 
 }  // namespace bottleneck
@@ -103,7 +123,7 @@ Tensor inverted_bottleneck(
   Tensor y = empty_strided(
       {a.batch, a.out, a.out_height, a.out_width}, {a.out_height * a.out_width * a.out, 1, a.out_width * a.out, a.out}, x.scalar_type());
   a.y = y.data_ptr();
-  bottleneck::kernels().forward(a);
+  bottleneck::run(a);
   return y;
 }
 

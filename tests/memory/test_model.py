@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import vitkernels
+from vitkernels import backends
+from vitkernels.accuracy import compare_tensors
+from vitkernels.integrations.folded import left_to_pytorch
 from vitkernels.memory import MemoryTask, MemoryViT
+from vitkernels.memory.layers import frame_of
 
 from .. import zoo
 
@@ -270,6 +274,40 @@ def test_what_is_kept_of_the_memory_follows_the_weights(change: str, images: Ten
         after = model(images).tasks["0"]
         assert not torch.equal(after, before["0"])
         torch.testing.assert_close(after, copy.deepcopy(model)(images).tasks["0"], rtol=0, atol=0)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.skipif(backends.why_not("inverted_bottleneck", "native", torch.device("cpu"), torch.float32) is not None, reason="no native kernels")
+def test_plain_layers_are_passes_in_evaluation(kind: str, dtype: torch.dtype, images: Tensor) -> None:
+    """By the rule against float64, beside the modules' own calls, which a gradient wanted asks for; a hook inside and a weight's change are seen."""
+    model, images = with_tasks(a_vit(kind)).to(dtype), images.to(dtype)
+    exact = copy.deepcopy(model).double()(images.double()).tasks
+    one = torch.randn(2, 5, 48, dtype=dtype)
+
+    def packed() -> list[bool]:
+        with torch.no_grad():
+            return [layer.passes(one) is not None for layer in frame_of(model.vit).layers]
+
+    scaled = "scaled" in kind and dtype in (torch.bfloat16, torch.float16)
+    assert set(packed()) == {left_to_pytorch(dtype) is None and not scaled} and frame_of(model.vit).layers[0].passes(one) is None
+    called = model(images).tasks
+    with torch.no_grad():
+        passed = model(images).tasks
+    for name, truth in exact.items():
+        verdict = compare_tensors(name, passed[name], called[name], truth)
+        assert verdict.holds, verdict
+    norm, seen = next(m for m in _layers(model.vit)[1].modules() if isinstance(m, nn.LayerNorm)), []
+    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        again = model(images).tasks
+    hook.remove()
+    assert len(SIZES) in seen
+    for name, truth in exact.items():
+        assert compare_tensors(name, again[name], called[name], truth).holds
+    with torch.no_grad():
+        norm.weight.mul_(2)
+        assert not torch.equal(model(images).tasks["0"], passed["0"])
 
 
 @EACH

@@ -141,8 +141,9 @@ def accelerate(
     it does not), their blocks (vit_pytorch's of MobileViT, too) run as wholes there. Folded weights are kept under the same rule. So are the packed
     weights of MLPs (timm's ``Mlp``, vit_pytorch's ``FeedForward``), which in these dtypes run in one pass there; of whole transformer blocks (timm's
     ``Block`` and a ``Sequential`` of such, vit_pytorch's ``Transformer``, the layers of transformers' ViT, DeiT, DINOv2, CLIP and SigLIP), which are
-    one call, however many follow one another; and of patch embeddings (a ``Conv2d`` whose stride is its kernel, from 7 pixels on; vit_pytorch's
-    ``Sequential``).
+    one call, however many follow one another, and whose last makes the class token alone where a classifier's head reads no more (timm's
+    ``VisionTransformer``, vit_pytorch's ``ViT`` and ``DeepViT``, transformers' ViT and DeiT for image classification); and of patch embeddings (a
+    ``Conv2d`` whose stride is its kernel, from 7 pixels on; vit_pytorch's ``Sequential``).
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the

@@ -194,9 +194,9 @@ class TimmBlock(OfTokens):
         if any(norm is not None and norm.normalized_shape != (attention.head_dim,) for norm in norms[:2]):
             raise UnfitError("the norms of its queries and keys are over more than a head's channels")
         return Block(
-            bottleneck(_linear(attention.qkv), norm=token_norm(module.norm1)),
+            bottleneck(linear(attention.qkv), norm=token_norm(module.norm1)),
             softmax(attention.num_heads, None if attention.fused_attn else attention.scale, *norms[:2]),
-            bottleneck(_linear(attention.proj, _scale(module.ls1)), norm=norms[2]),
+            bottleneck(linear(attention.proj, _scale(module.ls1)), norm=norms[2]),
             mlp_layers(module.mlp, module.norm2, _scale(module.ls2)),
         )
 
@@ -226,7 +226,8 @@ def match(module: nn.Module) -> type[Fused] | None:
     return TimmBlocks if several and all(original_name(block) == _TIMM_BLOCK for block in module.children()) else None
 
 
-def _linear(module: Any, scale: Tensor | None = None) -> Layer:
+def linear(module: Any, scale: Tensor | None = None) -> Layer:
+    """A linear layer, perhaps with a LayerScale behind it."""
     return Layer(plain(module, nn.Linear), scale=scale)
 
 
@@ -275,7 +276,7 @@ class VitPytorchTransformer(OfTokens):
             attend = mixing(heads, scale, attention.reattn_weights, attention.reattn_norm[1])
         else:
             attend = softmax(heads, scale)
-        project_in, project_out = bottleneck(_linear(attention.to_qkv), norm=token_norm(attention.norm)), bottleneck(_linear(out))
+        project_in, project_out = bottleneck(linear(attention.to_qkv), norm=token_norm(attention.norm)), bottleneck(linear(out))
         return Block(project_in, attend, project_out, mlp_layers(feed_forward))
 
 
@@ -318,13 +319,13 @@ class TransformersBlock(OfTokens):
         no_change(own.get("dropout"), own.get("drop_path"))
         before, after = (attention_interface.either(own, *names) for names in (_BEFORE, _AFTER))
         scales = [None if name not in own else _scale(own[name]) for name in ("layer_scale1", "layer_scale2")]
-        inputs = tuple(_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+        inputs = tuple(linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
         if len({layer.module.weight.shape for layer in inputs}) > 1:
             raise UnfitError("its queries have not as many channels as its keys and values")
         return Block(
             bottleneck(SideBySide(inputs), norm=token_norm(before)),
             softmax(inputs[0].module.weight.shape[0] // attention.head_dim, attention_interface.scale_of(attention)),
-            bottleneck(_linear(attention_interface.projection_of(attention), scales[0])),
+            bottleneck(linear(attention_interface.projection_of(attention), scales[0])),
             mlp_layers(module.mlp, after, scales[1]),
         )
 

@@ -58,7 +58,7 @@ class Evaluated(Fused):
 
     def _vk_folded(self, x: Any, *more: Any) -> Tensor | None:
         """The folded forward, given ``more`` of what a plan of this class takes, or None where this call is not for it."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not _here(x) or x.dim() not in self._vk_dims:
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not here(x) or x.dim() not in self._vk_dims:
             return None
         if self.training:
             _plans.forget(self)
@@ -109,10 +109,10 @@ class Folded(Evaluated):
 
     @classmethod
     def _vk_backend(cls, module: Any) -> str:
-        return "native" if _here(cls._vk_weight(module)) else "reference"
+        return "native" if here(cls._vk_weight(module)) else "reference"
 
 
-def _here(x: Tensor) -> bool:
+def here(x: Tensor) -> bool:
     """Whether the kernels run on tensors like this, and nobody asked for others."""
     return x.device.type == "cpu" and backends.requested() in ("auto", "native") and backends.why_not(NAME, "native", x.device, x.dtype) is None
 

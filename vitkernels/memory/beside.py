@@ -42,6 +42,8 @@ class _Pass:
         self.layers, self.rows = layers, rows
         self.x = [r.tokens[None] for r in rows]  # [1, T, C], from the first layer on [B, T, C]
         self.graded = torch.is_grad_enabled()
+        # Before there are hooks of this pass, which would keep their weights from being packed.
+        self._passes = [layer.passes(self.x[0]) for layer in layers]
         self.done = 0
         self._outputs: dict[int, Tensor] = {}
         self._busy = False  # with the class tokens, which call the same modules
@@ -78,21 +80,35 @@ class _Pass:
             try:
                 with torch.set_grad_enabled(self.graded):
                     k, v = layer.keys(outputs)
-                    self.x = [self._layer(layer, x, k, v, *r.memory[index], r.groups) for x, r in zip(self.x, self.rows, strict=True)]
+                    self.x = [self._layer(index, x, k, v, *r.memory[index], r.groups) for x, r in zip(self.x, self.rows, strict=True)]
             finally:
                 self._busy = False
             self.done += 1
 
         return hook
 
-    @staticmethod
-    def _layer(layer: Layer, x: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, groups: tuple[int, ...]) -> Tensor:
+    def _layer(self, index: int, x: Tensor, k: Tensor, v: Tensor, memory_k: Tensor, memory_v: Tensor, groups: tuple[int, ...]) -> Tensor:
+        layer, passes = self.layers[index], self._passes[index]
         x = x.expand(k.shape[0], -1, -1)
-        normed = layer.norm(x)
-        q, own_k, own_v = layer.project(normed)
-        out = ops.memory_attention(q, k, v, memory_k, memory_v, own_k=own_k, own_v=own_v, groups=groups, scale=layer.scale, dropout_p=layer.dropout())
-        assert isinstance(out, Tensor)
-        return layer.finish(x, normed, out.transpose(1, 2).flatten(2))
+        normed = x if passes else layer.norm(x)
+        q, own_k, own_v = layer.split(_of_map(passes[0](_as_map(x)))) if passes else layer.project(normed)
+        options: Any = {"groups": groups, "scale": layer.scale, "dropout_p": layer.dropout()}
+        found = ops.memory_attention(q, k, v, memory_k, memory_v, own_k=own_k, own_v=own_v, **options)
+        assert isinstance(found, Tensor)
+        attended = found.transpose(1, 2).flatten(2)
+        if not passes:
+            return layer.finish(x, normed, attended)
+        y = passes[1](_as_map(attended), _as_map(x))
+        return _of_map(passes[2](y, y))
+
+
+def _as_map(tokens: Tensor) -> Tensor:
+    """[B, N, C] as [B, C, 1, N] in channels_last."""
+    return tokens.contiguous().mT.unsqueeze(2)
+
+
+def _of_map(x: Tensor) -> Tensor:
+    return x.squeeze(2).mT
 
 
 def run_beside(call: Callable[[], Any], layers: Sequence[Layer], rows: Sequence[Rows], *, base_grad: bool) -> tuple[Any, Tensor]:

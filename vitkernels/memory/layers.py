@@ -13,22 +13,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitkernels.integrations import blocks, folded
 from vitkernels.integrations._fused import original_name
+from vitkernels.nn import _checks
+from vitkernels.nn._derived import Derived
+from vitkernels.nn._folded import Pass, SideBySide, UnfitError, bottleneck, why_not_tensors
 
 QKV = tuple[Tensor, Tensor, Tensor]
+Passes = tuple[Pass, Pass, Pass]
+"""What a layer in evaluation does to tokens but for attention, as maps [B, C, 1, N]: norm, queries, keys and values; projection and residual; norm,
+MLP and residual.
+"""
 
 
 class Layer:
-    """One layer. Its modules are called, never bypassed: they may be adapted, quantised or accelerated.
+    """One layer. Its modules are called, as they may be adapted, quantised or accelerated; where they are plain, and no gradient is wanted,
+    :meth:`passes` stand in for the calls.
 
     Args:
         module: the layer.
 
     Attributes:
+        module: the layer.
         sources: modules whose outputs hold the keys and values of the model's tokens.
         last: the module with whose call the layer is past them.
     """
 
+    module: nn.Module
     sources: tuple[nn.Module, ...]
     last: nn.Module
     scale: float
@@ -45,9 +56,29 @@ class Layer:
         """Queries, keys and values [B, H, N, D] of normed tokens [B, N, C]."""
         raise NotImplementedError
 
+    def split(self, qkv: Tensor) -> QKV:
+        """The same, from [B, N, 3 H D]."""
+        raise NotImplementedError
+
     def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """The tokens after the layer, from those before, normed, and attention's result [B, N, H D]."""
         raise NotImplementedError
+
+    def passes(self, x: Tensor) -> Passes | None:
+        """The passes for tokens like ``x``, their weights packed until one changes; None where the modules are to be called."""
+        if torch.is_grad_enabled() or not folded.here(x) or torch.is_autocast_enabled("cpu") or _checks.why_not_tensor(x) is not None:
+            return None
+        entry = _PASSES.entry(self.module)
+        plan = entry.plan
+        if plan is None or (plan.scaled and x.dtype.itemsize == 2) or folded.left_to_pytorch(x.dtype) is not None:
+            return None
+
+        def bind() -> Passes | None:
+            if why_not_tensors(x, entry.snapshot.tensors) is not None:
+                return None
+            return plan.project_in.bind(x.dtype), plan.project_out.bind(x.dtype), plan.mlp.bind(x.dtype)
+
+        return entry.value(x.dtype, bind)
 
     def dropout(self) -> float:
         """The probability with which attention drops a weight now."""
@@ -61,7 +92,8 @@ class _TimmLayer(Layer):
 
     def __init__(self, module: Any) -> None:
         _expect(module.attn, self.attention)
-        self.block, self.attn, self.last = module, module.attn, module
+        self.module = self.block = self.last = module
+        self.attn = module.attn
         self.scale = module.attn.scale
         self.sources = (self.attn.qkv,) if isinstance(self.attn.k_norm, nn.Identity) else (self.attn.qkv, self.attn.k_norm)
 
@@ -77,7 +109,10 @@ class _TimmLayer(Layer):
         return self.block.norm1(x)
 
     def project(self, normed: Tensor) -> QKV:
-        q, k, v = self._split(self.attn.qkv(normed))
+        return self.split(self.attn.qkv(normed))
+
+    def split(self, qkv: Tensor) -> QKV:
+        q, k, v = self._split(qkv)
         return self.attn.q_norm(q), self.attn.k_norm(k), v
 
     def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
@@ -99,7 +134,8 @@ class _TransformersLayer(Layer):
 
     def __init__(self, module: Any) -> None:
         _expect(module.attention, self.attention)
-        self.layer, self.attn, self.last = module, module.attention, module
+        self.module = self.layer = self.last = module
+        self.attn = module.attention
         self.scale = module.attention.scaling
         self.sources = (self.attn.k_proj, self.attn.v_proj)
 
@@ -116,6 +152,10 @@ class _TransformersLayer(Layer):
         attn = self.attn
         return self._heads(attn.q_proj(normed)), self._heads(attn.k_proj(normed)), self._heads(attn.v_proj(normed))
 
+    def split(self, qkv: Tensor) -> QKV:
+        q, k, v = map(self._heads, qkv.chunk(3, dim=-1))
+        return q, k, v
+
     def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         layer = self.layer
         x = layer.dropout(self.attn.o_proj(attended)) + x
@@ -129,6 +169,7 @@ class _VitPytorchLayer(Layer):
     """A pair of ``Attention`` and ``FeedForward`` of ``vit_pytorch.vit`` or ``vit_pytorch.learnable_memory_vit``; attention norms by itself."""
 
     def __init__(self, module: Any, package: str) -> None:
+        self.module = module
         self.attn, self.feed_forward = module
         _expect(self.attn, f"{package}.Attention")
         _expect(self.feed_forward, f"{package}.FeedForward")
@@ -154,12 +195,48 @@ class _VitPytorchLayer(Layer):
             (q,), (k, v) = self._split(self.attn.to_q(normed), 1), self._split(self.attn.to_kv(normed), 2)
         return q, k, v
 
+    def split(self, qkv: Tensor) -> QKV:
+        q, k, v = self._split(qkv, 3)
+        return q, k, v
+
     def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         x = self.attn.to_out(attended) + x
         return self.feed_forward(x) + x
 
     def dropout(self) -> float:
         return self.attn.dropout.p if self.attn.dropout.training else 0.0
+
+
+def _block_of(module: Any) -> blocks.Block | None:
+    """What the passes of a layer are made of; None if its modules are to be called."""
+    if any(child.training for child in module.modules()) or any(map(_checks.hooked, list(module.modules())[1:])):
+        return None
+    try:
+        return _read(module)
+    except UnfitError:
+        return None
+
+
+def _read(module: Any) -> blocks.Block:
+    if not isinstance(module, nn.ModuleList):
+        return (blocks.TimmBlock if original_name(module).startswith("timm.") else blocks.TransformersBlock)._vk_block(module)
+    attention, feed_forward = module
+    if hasattr(attention, "to_qkv"):
+        return blocks.VitPytorchTransformer._vk_block(attention, feed_forward)
+    inputs = tuple(blocks.linear(layer) for layer in (attention.to_q, attention.to_kv))
+    out, *others = attention.to_out
+    folded.no_change(*others)
+    project_in = bottleneck(SideBySide(inputs), norm=folded.token_norm(attention.norm))
+    return blocks.Block(project_in, blocks.softmax(attention.heads, attention.scale), bottleneck(blocks.linear(out)), folded.mlp_layers(feed_forward))
+
+
+def _settings(module: Any) -> Any:
+    if not isinstance(module, nn.ModuleList):
+        return (blocks.TimmBlock if original_name(module).startswith("timm.") else blocks.TransformersBlock)._vk_settings(module)
+    return module[0].heads, module[0].scale
+
+
+_PASSES: Derived[blocks.Block | None, Passes | None] = Derived(_block_of, _settings, below=("training", "eps"))
 
 
 @dataclass(frozen=True)
