@@ -85,9 +85,9 @@ class MemoryViT(nn.Module):
         vit: the ViT.
         tasks: :class:`MemoryTask` by name.
 
-    While evaluating without gradients, each layer's keys and values of all memory are kept until a weight changes. On the CPU, where a layer's modules
-    are plain, so are its packed weights, and the tasks' rows pass it in four native calls. Hooks wait on the ViT's layers during a call: a ViT inside
-    ``torch.compile`` is not supported, and hooks of your own on what is inside a layer see the tasks' rows, too.
+    While evaluating without gradients, each layer's keys and values of all memory are kept until a weight changes. On the CPU, where a layer's
+    modules are plain, so are its packed weights, and the tasks' rows pass it in four native calls. Hooks wait on the ViT's layers during a call: a
+    ViT inside ``torch.compile`` is not supported, and hooks of your own on what is inside a layer see the tasks' rows, too.
 
     Paper: Fine-tuning Image Transformers using Learnable Memory, arXiv 2203.15243.
     """
