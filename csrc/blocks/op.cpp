@@ -13,6 +13,7 @@
 #include "common/scratch.h"
 #include "head_mixing/kernels.h"
 #include "head_mixing/op.h"
+#include "memory/op.h"
 #include "packed/entry.h"
 
 namespace vitkernels {
@@ -130,10 +131,11 @@ class Reader {
 // Where the sequences are that attend to themselves: all pixels of an image, or those at one position in its patches.
 struct Sequences {
   packed::Places places{false, 1, 1, 0};
-  int64_t images, height, width, count, tokens;
+  int64_t images, height, width, pitch, count, tokens;  // pitch: tokens from one image to the next
   std::vector<int32_t> begins;
 
-  Sequences(int64_t batch, int64_t map_height, int64_t map_width, int64_t patch_height = 0, int64_t patch_width = 0) : images(batch), height(map_height), width(map_width) {
+  Sequences(int64_t batch, int64_t map_height, int64_t map_width, int64_t patch_height = 0, int64_t patch_width = 0, int64_t others = 0)
+      : images(batch), height(map_height), width(map_width), pitch(map_height * map_width + others) {
     const bool whole = patch_height == 0;
     STD_TORCH_CHECK(
         whole || (patch_height > 0 && patch_width > 0 && height % patch_height == 0 && width % patch_width == 0),
@@ -142,11 +144,11 @@ struct Sequences {
     count = batch * places.height * places.width, tokens = height * width / (places.height * places.width);
     begins = packed::even_lengths(count, tokens);
   }
-  int64_t pixels() const { return images * height * width; }
+  int64_t pixels() const { return images * pitch; }
   // Rows of heads of a map in channels_last, `pixel` elements from one pixel to the next.
   Rows rows(const void* data, int64_t pixel, int64_t dim) const {
     const int64_t line = width * pixel;
-    return {const_cast<void*>(data), places.width * pixel, dim, 1, height * line, places.height * line, line, pixel};
+    return {const_cast<void*>(data), places.width * pixel, dim, 1, pitch * pixel, places.height * line, line, pixel};
   }
 };
 
@@ -154,6 +156,34 @@ struct Sequences {
 struct Heads {
   const char *q, *k, *v;
   int64_t q_row, row;
+};
+
+// The memory of tasks that run beside the images' tokens: of each block [M, H, D], each task's one after the other. A task is one more token behind those of its
+// image, that sees them, itself and its memory; they do not see it.
+struct Memory {
+  const char *k, *v;
+  std::vector<int64_t> begins;  // [tasks + 1]
+
+  int64_t tasks() const { return static_cast<int64_t>(begins.size()) - 1; }
+
+  Memory(const Tensor& x, const std::optional<Tensor>& memory_k, const std::optional<Tensor>& memory_v, const std::vector<int64_t>& groups, const std::vector<Block>& blocks)
+      : k(memory_k ? static_cast<const char*>(memory_k->data_ptr()) : nullptr), v(memory_v ? static_cast<const char*>(memory_v->data_ptr()) : nullptr), begins{0} {
+    STD_TORCH_CHECK(memory_k.has_value() == !groups.empty() && memory_v.has_value() == !groups.empty(),
+                    "vitkernels::transformer_blocks: memory_k, memory_v and groups must all be given, or none of them");
+    for (const int64_t length : groups) {
+      STD_TORCH_CHECK(length >= 0, "vitkernels::transformer_blocks: a group's memory cannot be negative");
+      begins.push_back(begins.back() + length);
+    }
+    for (const std::optional<Tensor>& t : {memory_k, memory_v}) {
+      for (const Block& b : blocks) {
+        STD_TORCH_CHECK(
+            !t || (t->dim() == 4 && t->is_contiguous() && t->scalar_type() == x.scalar_type() && t->size(0) == static_cast<int64_t>(blocks.size()) &&
+                   t->size(1) == begins.back() && t->size(2) == b.heads && t->size(3) == b.dim && !b.mixed && !b.normed),
+            "vitkernels::transformer_blocks: memory_k and memory_v must be contiguous [blocks, M, H, D] of x's dtype, M the sum of groups, H and D those of all blocks, whose "
+            "attention is plain");
+      }
+    }
+  }
 };
 
 // Whether threads share out the outputs of each layer, see there.
@@ -230,11 +260,34 @@ void attend(const Block& b, Dtype dtype, const Sequences& queries, const Sequenc
   (b.mixed ? attend_mixed : attend_softmax)(b, dtype, queries, keys, heads, out);
 }
 
+// The tokens of tasks, which are behind those of each image.
+void attend_tasks(const Block& b, Dtype dtype, const Sequences& sequences, const Memory& memory, int64_t block, const Heads& heads, int64_t bytes, char* out) {
+  const int64_t tasks = memory.tasks(), channels = b.channels(), of_block = block * memory.begins.back() * channels * bytes;
+  const Buffer<char> found(sequences.images * tasks * channels * bytes);
+  const Buffer<double> lse(sequences.images * b.heads * tasks);
+  const auto map = [&](const char* data, int64_t first) { return Map{const_cast<char*>(data) + first * heads.row * bytes, sequences.pitch * heads.row, b.dim, heads.row, 1}; };
+  const auto rows = [&](const char* data) { return Rows{const_cast<char*>(data) + of_block, channels, b.dim, 1}; };
+  memory::Forward a{};
+  a.dtype = dtype;
+  a.batch = sequences.images, a.heads = b.heads, a.queries = tasks, a.keys = sequences.tokens, a.dim = a.value_dim = b.dim;
+  a.q = map(heads.q, sequences.tokens), a.k = map(heads.k, 0), a.v = map(heads.v, 0);
+  a.own_k = map(heads.k, sequences.tokens), a.own_v = map(heads.v, sequences.tokens);
+  a.memory_k = rows(memory.k), a.memory_v = rows(memory.v);
+  a.groups = tasks, a.memory_begin = memory.begins.data();
+  a.scale = b.scales.logits;
+  a.out = found.get(), a.lse = lse.get();
+  memory::kernels().forward(a);
+  const int64_t size = tasks * channels * bytes;
+  for (int64_t i = 0; i < sequences.images; ++i) {
+    std::memcpy(out + (i * sequences.pitch + sequences.tokens) * channels * bytes, found + i * size, static_cast<size_t>(size));
+  }
+}
+
 }  // namespace
 
 Tensor transformer_blocks(
     const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width,
-    int64_t first) {
+    int64_t first, const std::optional<Tensor>& memory_k, const std::optional<Tensor>& memory_v, std::vector<int64_t> groups) {
   STD_TORCH_CHECK(
       x.dim() == 4 && x.size(1) > 0 && bottleneck::channels_last(x), "vitkernels::transformer_blocks: x must be [B, C, H, W] in channels_last memory, with channels");
   STD_TORCH_CHECK(
@@ -244,8 +297,11 @@ Tensor transformer_blocks(
   const Reader reader(x, matrices, vectors, numbers, program);
   const std::vector<Block>& blocks = reader.blocks();
   STD_TORCH_CHECK(!blocks.empty(), "vitkernels::transformer_blocks: the program is empty");
-  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  const Sequences sequences(batch, height, width, patch_height, patch_width);
+  const Memory memory(x, memory_k, memory_v, groups, blocks);
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3) - memory.tasks();
+  STD_TORCH_CHECK(memory.tasks() == 0 || (height == 1 && width >= 0 && patch_height == 0 && first == 0),
+                  "vitkernels::transformer_blocks: with memory x must be [B, C, 1, N + T], a token for each of the T groups behind the N others, all wanted, no patches");
+  const Sequences sequences(batch, height, width, patch_height, patch_width, memory.tasks());
   STD_TORCH_CHECK(first >= 0 && first <= height * width && (first == 0 || patch_height == 0),
                   "vitkernels::transformer_blocks: first must be from 0, for all, to the ", height * width, " pixels of an image, and of patches it must be 0");
   const bool fewer = first > 0;
@@ -253,7 +309,7 @@ Tensor transformer_blocks(
   const Bytes bytes{bottleneck::bytes_of(dtype_of(x)), bottleneck::bytes_of(dtype_of(matrices)), bottleneck::bytes_of(dtype_of(vectors))};
   const Dtype dtype = dtype_of(x);
   Tensor y = empty_strided(
-      {batch, channels, wanted.height, wanted.width}, {wanted.height * wanted.width * channels, 1, wanted.width * channels, channels}, x.scalar_type());
+      {batch, channels, wanted.height, wanted.pitch / wanted.height}, {wanted.pitch * channels, 1, wanted.pitch / wanted.height * channels, channels}, x.scalar_type());
   int64_t most = 0, most_hidden = 0;
   for (const Block& b : blocks) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),
@@ -282,6 +338,7 @@ Tensor transformer_blocks(
   all.one(*layer, from, out);
   for (size_t i = 0; i + (fewer ? 1 : 0) < blocks.size(); ++i, from = to) {
     attend(blocks[i], dtype, sequences, sequences, heads_of(blocks[i]), attended);
+    if (memory.tasks() > 0) attend_tasks(blocks[i], dtype, sequences, memory, static_cast<int64_t>(i), heads_of(blocks[i]), bytes.tokens, attended);
     if (i + 1 == blocks.size()) {
       all.behind_attention(blocks[i], attended, from, to, nullptr, nullptr);
     } else {

@@ -6,15 +6,15 @@
 
 #include "common/stable.h"
 #include "dense/op.h"
-#include "memory/kernels.h"
 
 namespace vitkernels {
-namespace {
 
-const memory::Kernels& kernels() {
-  static const memory::Kernels& table = []() -> const memory::Kernels& { VITKERNELS_SELECT_KERNELS(memory_kernels) }();
+const memory::Kernels& memory::kernels() {
+  static const Kernels& table = []() -> const Kernels& { VITKERNELS_SELECT_KERNELS(memory_kernels) }();
   return table;
 }
+
+namespace {
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> memory_attention(
   Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.heads, a.value_dim});
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.queries}, ScalarType::Double);
   a.out = out.data_ptr(), a.lse = static_cast<double*>(lse.data_ptr());
-  kernels().forward(a);
+  memory::kernels().forward(a);
   return {out, lse};
 }
 
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attent
   Tensor grad_q = grad(need_q, q, a.grad_q), grad_k = grad(need_k, k, a.grad_k), grad_v = grad(need_v, v, a.grad_v);
   Tensor grad_memory_k = grad(need_memory_k, memory_k, a.grad_memory_k), grad_memory_v = grad(need_memory_v, memory_v, a.grad_memory_v);
   Tensor grad_own_k = grad(need_own_k && own_k, own_k ? *own_k : q, a.grad_own_k), grad_own_v = grad(need_own_v && own_v, own_v ? *own_v : q, a.grad_own_v);
-  kernels().backward(a);
+  memory::kernels().backward(a);
   return {grad_q, grad_k, grad_v, grad_memory_k, grad_memory_v, grad_own_k, grad_own_v};
 }
 

@@ -7,7 +7,13 @@
 #include <tuple>
 #include <vector>
 
+#include "memory/kernels.h"
+
 namespace vitkernels {
+
+namespace memory {
+const Kernels& kernels();
+}
 
 using torch::stable::Tensor;
 

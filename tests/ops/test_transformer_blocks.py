@@ -12,7 +12,7 @@ from torch import Tensor
 from vitkernels import backends
 from vitkernels.accuracy import compare_tensors
 from vitkernels.ops.blocks import op
-from vitkernels.ops.blocks.reference import Block, Mixing, Pass, Softmax, transformer_blocks
+from vitkernels.ops.blocks.reference import Block, Memory, Mixing, Pass, Softmax, transformer_blocks
 from vitkernels.ops.bottleneck.reference import Affine, Norm
 
 pytestmark = [
@@ -123,6 +123,32 @@ def test_the_first_tokens_alone(name: str, dtype: torch.dtype) -> None:
         assert verdict.holds, verdict
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [(4,), (3, 0, 7, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("name", ["tokens", "few tokens, shared out by outputs", "three tokens"])
+def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The tokens of tasks, of which the model's know nothing: these are the same to the bit without them."""
+    draw = Draw(dtype)
+    channels, tokens, options = {
+        "tokens": (40, 70, {"heads": 5, "dim": 8, "hidden": 50}),
+        "few tokens, shared out by outputs": (192, 9, {"heads": 4, "dim": 48, "hidden": 1200}),
+        "three tokens": (16, 3, {"heads": 2, "dim": 8, "hidden": 20}),
+    }[name]
+    x, blocks = draw(2, channels, 1, tokens + len(groups)), [draw.block(channels, **options) for _ in range(3)]
+    memory = Memory(*(draw(3, sum(groups), options["heads"], options["dim"]) for _ in range(2)), groups)
+    weights = packed(blocks, dtype)
+    found = op.run(x, weights, memory=memory)
+    exact = transformer_blocks(
+        x.double(), [cast(block, torch.float64) for block in blocks], memory=Memory(memory.k.double(), memory.v.double(), groups)
+    )
+    if dtype is torch.float64:
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-13 * float(exact.abs().max()))
+    else:
+        verdict = compare_tensors("output", found, transformer_blocks(x, blocks, memory=memory), exact)
+        assert verdict.holds, verdict
+    assert torch.equal(found[..., :tokens], op.run(x[..., :tokens], weights))
+
+
 @pytest.mark.parametrize("shape", [(0, 40, 1, 4), (2, 40, 1, 0)], ids=str)
 @pytest.mark.parametrize("name", ["tokens", "mixed"])
 def test_nothing_to_attend_to(name: str, shape: tuple[int, ...]) -> None:
@@ -162,18 +188,23 @@ def test_refusals() -> None:
     x, blocks, _ = drawn("tokens", torch.float32)
     x, weights = x.contiguous(memory_format=torch.channels_last), packed(blocks, torch.float32)
     matrices, vectors, numbers, program = weights
+    none, memory = (None, None, ()), torch.randn(2, 7, 5, 8)
     bad: dict[str, tuple[Any, ...]] = {
-        "needs more matrices": (x, matrices[:-32], vectors, numbers, program, 0, 0, 0),
-        "needs .* vectors, and there are": (x, matrices, torch.cat([vectors, vectors[:32]]), numbers, program, 0, 0, 0),
-        "ends within a block": (x, matrices, vectors, numbers, program[:-1], 0, 0, 0),
-        "the program holds": (x, matrices, vectors, numbers, (0, *program[1:]), 0, 0, 0),
-        "the program is empty": (x, matrices[:0], vectors[:0], numbers[:0], (), 0, 0, 0),
-        "the patch must divide": (x, *weights, 1, 3, 0),
-        "first must be from 0": (x, *weights, 0, 0, 71),
-        "of patches it must be 0": (x, *weights, 1, 7, 1),
-        "of the accumulation dtype": (x, matrices, vectors.double(), numbers, program, 0, 0, 0),
-        "for bfloat16 alone": (x, matrices.bfloat16(), vectors, numbers, program, 0, 0, 0),
-        "channels_last": (torch.randn(2, 40, 5, 7), *weights, 0, 0, 0),
+        "needs more matrices": (x, matrices[:-32], vectors, numbers, program, 0, 0, 0, *none),
+        "needs .* vectors, and there are": (x, matrices, torch.cat([vectors, vectors[:32]]), numbers, program, 0, 0, 0, *none),
+        "ends within a block": (x, matrices, vectors, numbers, program[:-1], 0, 0, 0, *none),
+        "the program holds": (x, matrices, vectors, numbers, (0, *program[1:]), 0, 0, 0, *none),
+        "the program is empty": (x, matrices[:0], vectors[:0], numbers[:0], (), 0, 0, 0, *none),
+        "the patch must divide": (x, *weights, 1, 3, 0, *none),
+        "first must be from 0": (x, *weights, 0, 0, 71, *none),
+        "of patches it must be 0": (x, *weights, 1, 7, 1, *none),
+        "of the accumulation dtype": (x, matrices, vectors.double(), numbers, program, 0, 0, 0, *none),
+        "for bfloat16 alone": (x, matrices.bfloat16(), vectors, numbers, program, 0, 0, 0, *none),
+        "channels_last": (torch.randn(2, 40, 5, 7), *weights, 0, 0, 0, *none),
+        "must all be given": (x, *weights, 0, 0, 0, memory, memory, ()),
+        "cannot be negative": (x, *weights, 0, 0, 0, memory, memory, (8, -1)),
+        r"contiguous \[blocks, M, H, D\]": (x, *weights, 0, 0, 0, memory, memory, (6,)),
+        "with memory x must be": (x, *weights, 0, 0, 1, memory, memory, (7,)),
     }
     for words, arguments in bad.items():
         with pytest.raises(RuntimeError, match=words):
@@ -184,6 +215,8 @@ def test_refusals() -> None:
 
 def test_schema() -> None:
     x, blocks, patch = drawn("patches", torch.float32)
-    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), *patch, 0))
+    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), *patch, 0, None, None, ()))
     x, blocks, _ = drawn("tokens", torch.float32)
-    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 2))
+    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 2, None, None, ()))
+    memory = torch.randn(2, 7, 5, 8)
+    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 0, memory, memory, (4, 3)))

@@ -25,7 +25,7 @@ from vitkernels.integrations.vit_pytorch import PlainAttention, SequencesAttenti
 from vitkernels.nn._folded import Bottleneck, Layer, SideBySide, UnfitError, bottleneck, one_by_one, onednn
 from vitkernels.ops import _define
 from vitkernels.ops.blocks import op, reference
-from vitkernels.ops.blocks.reference import Mixing, Pass, Softmax
+from vitkernels.ops.blocks.reference import Memory, Mixing, Pass, Softmax
 from vitkernels.ops.bottleneck.reference import Norm
 
 
@@ -42,6 +42,12 @@ class Block(NamedTuple):
         """Whether a LayerScale is folded into its weights."""
         return any(one.project.scale is not None for one in (self.project_out, self.mlp) if isinstance(one.project, Layer))
 
+    @property
+    def plain(self) -> bool:
+        """Whether tasks can run beside its tokens."""
+        found = self.attention()
+        return isinstance(found, Softmax) and found.q_norm is None
+
     def folded(self, dtype: torch.dtype) -> reference.Block:
         """The block as the op takes it, weights in ``dtype``."""
         project_in, project_out, mlp = (one.folded(dtype) for one in (self.project_in, self.project_out, self.mlp))
@@ -53,7 +59,7 @@ def bind(blocks: Sequence[Block], dtype: torch.dtype) -> Callable[..., Tensor]:
     """The blocks of a map [B, C, H, W], their weights packed for activations of ``dtype``; called with what ``op.run`` is."""
     accumulation = _define.accumulation_dtype(dtype)
     packed = op.pack([block.folded(accumulation) for block in blocks], dtype)
-    return lambda x, patch, first=None: op.run(x, packed, patch, first)
+    return lambda x, *options: op.run(x, packed, *options)
 
 
 def softmax(heads: int, scale: float | None, q_norm: nn.LayerNorm | None = None, k_norm: nn.LayerNorm | None = None) -> Callable[[], Softmax]:
@@ -84,18 +90,45 @@ def mixing(heads: int, scale: float, weight: Tensor, norm: nn.LayerNorm) -> Call
     return lambda: Mixing(heads, scale, weight.t(), Norm("token", norm.weight, norm.bias, norm.eps))
 
 
+class Tasks:
+    """The tokens of tasks, which go through a model's blocks beside its own.
+
+    Attributes:
+        tokens: [T, C], as they enter the first block.
+        memory: what each of them sees beside the model's tokens and itself.
+        result: [B, T, C] behind the last block, once the blocks have run as one.
+    """
+
+    def __init__(self, tokens: Tensor, memory: Memory) -> None:
+        self.tokens, self.memory = tokens, memory
+        self.result: Tensor | None = None
+
+
 _running = threading.local()
-_ALL: tuple[nn.Module | None, int] = (None, 0)
+_NONE: tuple[nn.Module | None, tuple[Any, ...]] = (None, ())
 
 
 @contextlib.contextmanager
-def only_first(module: nn.Module, first: int) -> Iterator[None]:
-    """In this thread whoever calls ``module``, a replacement, reads its ``first`` tokens, and it may return no more than these."""
-    before, _running.read = getattr(_running, "read", _ALL), (module, first)
+def _asking(module: nn.Module, *more: Any) -> Iterator[None]:
+    """In this thread ``module``, a replacement, is called with ``more`` of what its plan takes."""
+    before, _running.asked = getattr(_running, "asked", _NONE), (module, more)
     try:
         yield
     finally:
-        _running.read = before
+        _running.asked = before
+
+
+def only_first(module: nn.Module, first: int) -> contextlib.AbstractContextManager[None]:
+    """In this thread whoever calls ``module``, a replacement, reads its ``first`` tokens, and it may return no more than these. Within
+    :func:`with_tasks` it returns all.
+    """
+    asked, _ = getattr(_running, "asked", _NONE)
+    return _asking(module, first) if asked is None else contextlib.nullcontext()
+
+
+def with_tasks(module: nn.Module, tasks: Tasks | None) -> contextlib.AbstractContextManager[None]:
+    """In this thread ``module``, a replacement, takes these tasks along if it runs as one, and returns all of its own tokens, with None, too."""
+    return _asking(module, None, tasks)
 
 
 class OfTokens(Linears):
@@ -107,8 +140,8 @@ class OfTokens(Linears):
     def _vk_folded(self, x: Any, *more: Any) -> Tensor | None:
         if one_by_one():
             return None
-        module, first = getattr(_running, "read", _ALL)
-        return super()._vk_folded(x, *((first,) if module is self else more))
+        module, asked = getattr(_running, "asked", _NONE)
+        return super()._vk_folded(x, *(asked if module is self else more))
 
 
 class _InARow(OfTokens):
@@ -152,9 +185,17 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
             return "its weights times its LayerScale are no bfloat16 numbers, and linear layers in float32 arithmetic are left to PyTorch"
         blocks_of, channels = bind(blocks, dtype), blocks[0].project_in.channels
 
-        def run(x: Tensor, first: int | None = None) -> Tensor | None:
+        plain = all(block.plain for block in blocks)
+
+        def run(x: Tensor, first: int | None = None, tasks: Tasks | None = None) -> Tensor | None:
             if x.shape[-1] != channels:
                 return None
+            if tasks is not None:
+                if not plain:
+                    return None
+                z = torch.cat([x, tasks.tokens.expand(x.shape[0], -1, -1)], dim=1)
+                y, tasks.result = blocks_of(z.mT.unsqueeze(2), None, None, tasks.memory).squeeze(2).mT.split([x.shape[1], len(tasks.tokens)], dim=1)
+                return y if last is None else last(y)
             patch = dense.patch_of(x)
             y = blocks_of(x.contiguous().mT.unsqueeze(2), None, first) if patch is None else blocks_of(dense.as_map(x), patch)
             y = y.squeeze(2).mT if patch is None else dense.as_tokens(y, patch)

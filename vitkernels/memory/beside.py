@@ -16,6 +16,7 @@ from torch import Tensor
 from vitkernels import ops
 from vitkernels.memory.layers import Layer
 from vitkernels.nn._folded import layers_one_by_one
+from vitkernels.ops.blocks.reference import Memory
 
 MemoryKV = tuple[Tensor, Tensor]
 """A layer's keys and values of some tasks' memory, [M, H, D] each."""
@@ -33,6 +34,11 @@ class Rows(NamedTuple):
     tokens: Tensor
     memory: Sequence[MemoryKV]
     groups: tuple[int, ...]
+
+    def stacked(self) -> Memory:
+        """The memory of all layers together."""
+        k, v = (torch.stack(side) for side in zip(*self.memory, strict=True))
+        return Memory(k, v, self.groups)
 
 
 class _Pass:

@@ -64,14 +64,23 @@ class Layer:
         """The tokens after the layer, from those before, normed, and attention's result [B, N, H D]."""
         raise NotImplementedError
 
-    def passes(self, x: Tensor) -> Passes | None:
-        """The passes for tokens like ``x``, their weights packed until one changes; None where the modules are to be called."""
+    def plan(self, x: Tensor) -> blocks.Block | None:
+        """What the passes for tokens like ``x`` are made of; None where the modules are to be called."""
         if torch.is_grad_enabled() or not folded.here(x) or torch.is_autocast_enabled("cpu") or _checks.why_not_tensor(x) is not None:
             return None
-        entry = _PASSES.entry(self.module)
-        plan = entry.plan
-        if plan is None or (plan.scaled and x.dtype.itemsize == 2) or folded.left_to_pytorch(x.dtype) is not None:
+        plan = _PASSES.entry(self.module).plan
+        if isinstance(plan, str):
+            if plan == _checks.HOOKED:
+                _PASSES.drop(self.module)  # nothing that is compared tells that the hook is gone
             return None
+        return None if (plan.scaled and x.dtype.itemsize == 2) or folded.left_to_pytorch(x.dtype) is not None else plan
+
+    def passes(self, x: Tensor) -> Passes | None:
+        """The passes for tokens like ``x``, their weights packed until one changes; None where the modules are to be called."""
+        plan = self.plan(x)
+        if plan is None:
+            return None
+        entry = _PASSES.entry(self.module)
 
         def bind() -> Passes | None:
             if why_not_tensors(x, entry.snapshot.tensors) is not None:
@@ -207,19 +216,22 @@ class _VitPytorchLayer(Layer):
         return self.attn.dropout.p if self.attn.dropout.training else 0.0
 
 
-def _block_of(module: Any) -> blocks.Block | None:
-    """What the passes of a layer are made of; None if its modules are to be called."""
-    if any(child.training for child in module.modules()) or any(map(_checks.hooked, list(module.modules())[1:])):
-        return None
+def _block_of(module: Any) -> blocks.Block | str:
+    """What the passes of a layer are made of, or why its modules are to be called."""
+    if any(child.training for child in module.modules()):
+        return "some of its layers are in training mode"
+    if any(_checks.hooked(child) for child in module.modules() if child is not module):
+        return _checks.HOOKED
     try:
         return _read(module)
-    except UnfitError:
-        return None
+    except UnfitError as error:
+        return str(error)
 
 
 def _read(module: Any) -> blocks.Block:
     if not isinstance(module, nn.ModuleList):
         return (blocks.TimmBlock if original_name(module).startswith("timm.") else blocks.TransformersBlock)._vk_block(module)
+    attention: Any
     attention, feed_forward = module
     if hasattr(attention, "to_qkv"):
         return blocks.VitPytorchTransformer._vk_block(attention, feed_forward)
@@ -236,7 +248,7 @@ def _settings(module: Any) -> Any:
     return module[0].heads, module[0].scale
 
 
-_PASSES: Derived[blocks.Block | None, Passes | None] = Derived(_block_of, _settings, below=("training", "eps"))
+_PASSES: Derived[blocks.Block | str, Passes | None] = Derived(_block_of, _settings, below=("training", "eps"))
 
 
 @dataclass(frozen=True)
@@ -248,12 +260,14 @@ class Frame:
         width: C, of a token.
         class_token: [C], what the model's own class token is when it enters the first layer; None if it has none.
         norm: the model's last norm, or None.
+        stack: the module that calls the layers.
     """
 
     layers: tuple[Layer, ...]
     width: int
     class_token: Tensor | None
     norm: nn.Module | None
+    stack: nn.Module
 
 
 def _timm(vit: Any) -> Frame:
@@ -263,7 +277,7 @@ def _timm(vit: Any) -> Frame:
         if vit.pos_embed is not None and not vit.no_embed_class:
             token = token + vit.pos_embed[0, 0]
         token = vit.norm_pre(token)
-    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", _TimmLayer), vit.embed_dim, token, vit.norm)
+    return Frame(_layers(vit.blocks, "timm.models.vision_transformer.Block", _TimmLayer), vit.embed_dim, token, vit.norm, vit.blocks)
 
 
 def _transformers(vit: Any) -> Frame:
@@ -272,7 +286,7 @@ def _transformers(vit: Any) -> Frame:
     if vit.embeddings.position_embeddings is not None:
         token = token + vit.embeddings.position_embeddings[0, 0]
     layers = _layers(vit.layers, "transformers.models.vit.modeling_vit.ViTLayer", _TransformersLayer)
-    return Frame(layers, vit.config.hidden_size, token, vit.layernorm)
+    return Frame(layers, vit.config.hidden_size, token, vit.layernorm, vit)
 
 
 def _vit_pytorch(vit: Any) -> Frame:
@@ -282,7 +296,7 @@ def _vit_pytorch(vit: Any) -> Frame:
     package = original_name(vit).rpartition(".")[0]
     layers = tuple(_VitPytorchLayer(pair, package) for pair in vit.transformer.layers)
     last = getattr(vit.transformer, "norm", vit.mlp_head[0] if isinstance(vit.mlp_head, nn.Sequential) else None)
-    return Frame(layers, vit.pos_embedding.shape[-1], token, last)
+    return Frame(layers, vit.pos_embedding.shape[-1], token, last, vit.transformer)
 
 
 _FRAMES: dict[str, Callable[[Any], Frame]] = {

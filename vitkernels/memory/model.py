@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitkernels.integrations import blocks
 from vitkernels.memory.beside import Rows, project_memory, run_beside
 from vitkernels.memory.layers import Frame, frame_of
 from vitkernels.nn import _derived
@@ -22,8 +23,8 @@ class MemoryOutput(NamedTuple):
     """What a :class:`MemoryViT` returns.
 
     Attributes:
-        base: what the ViT itself returns, to the bit, whatever the tasks. An accelerated ViT runs its layers one by one here, where by itself it
-            may run whole blocks at once, which rounds another way.
+        base: what the ViT itself returns, to the bit, whatever the tasks. Of an accelerated ViT: what it returns here with no tasks, in the same
+            mode. By itself it may leave out tokens that nobody reads, and with gradients its layers run one by one, which rounds another way.
         tasks: logits [B, classes] of each task, by name.
     """
 
@@ -206,13 +207,30 @@ class MemoryViT(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> MemoryOutput:
         """Call the ViT with these arguments and all tasks beside it."""
-        if not self.tasks:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)), layers_one_by_one():
-                return MemoryOutput(self.vit(*args, **kwargs), {})
         kept = _KEPT.entry(self)
+        whole = self._runs_whole(kept.plan)
+        if not self.tasks:
+            how = blocks.with_tasks(kept.plan.stack, None) if whole else layers_one_by_one()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._base_grad(args, kwargs)), how:
+                return MemoryOutput(self.vit(*args, **kwargs), {})
         rows = self._rows(kept)
-        base, tokens = run_beside(lambda: self.vit(*args, **kwargs), kept.plan.layers, rows, base_grad=self._base_grad(args, kwargs))
+        base, tokens = None, None
+        if whole:
+            tasks = blocks.Tasks(rows[0].tokens, rows[0].stacked())
+            with blocks.with_tasks(kept.plan.stack, tasks):
+                base = self.vit(*args, **kwargs)
+            tokens = tasks.result
+        if tokens is None:
+            base, tokens = run_beside(lambda: self.vit(*args, **kwargs), kept.plan.layers, rows, base_grad=self._base_grad(args, kwargs))
         return MemoryOutput(base, {name: task(tokens[:, t]) for t, (name, task) in enumerate(self.tasks.items())})
+
+    def _runs_whole(self, frame: Frame) -> bool:
+        """Whether the layers of an accelerated ViT run as one call, tasks included, and with none: so that its outputs are the same."""
+        like = next(self.vit.parameters())
+        if self.apart or not isinstance(frame.stack, blocks.OfTokens):
+            return False
+        plans = [layer.plan(like) for layer in frame.layers]
+        return all(plan is not None and plan.plain for plan in plans)
 
     def _base_grad(self, args: Any, kwargs: Any) -> bool:
         """Whether somebody may want a gradient of what the ViT computes."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitkernels import backends
 from vitkernels.ops import _define
-from vitkernels.ops.blocks.reference import Block, Mixing, Pass, Patch
+from vitkernels.ops.blocks.reference import Block, Memory, Mixing, Pass, Patch
 from vitkernels.ops.bottleneck import op as bottleneck
 from vitkernels.ops.bottleneck.reference import ACTIVATIONS, Norm
 
@@ -30,14 +30,15 @@ backends.declare(NAME, backends.Support(triton=()))
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    first = args[-1]
+    first = args[-4]
     like = x.new_empty((*x.shape[:2], 1, first)) if first else x
     return torch.empty_like(like, memory_format=torch.channels_last)
 
 
 _define.define_for_inference(
     NAME,
-    schema="(Tensor x, Tensor matrices, Tensor vectors, Tensor numbers, int[] program, int patch_height, int patch_width, int first) -> Tensor",
+    schema="(Tensor x, Tensor matrices, Tensor vectors, Tensor numbers, int[] program, int patch_height, int patch_width, int first, "
+    "Tensor? memory_k, Tensor? memory_v, int[] groups) -> Tensor",
     fake=_fake,
     instead="the layers they stand for",
 )
@@ -128,7 +129,7 @@ def _padded(vector: Tensor) -> Tensor:
     return F.pad(vector, (0, -vector.shape[0] % bottleneck.PANEL))
 
 
-def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None) -> Tensor:
+def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None, memory: Memory | None = None) -> Tensor:
     """The blocks of ``x``.
 
     Args:
@@ -138,6 +139,9 @@ def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None
             MobileViT. None: to all of their image.
         first: how many pixels of each image are wanted, row by row from its first one on, without a patch; None: all. Of the last block the others
             get keys and values, and nothing else.
+        memory: of T tasks; x is then [B, C, 1, N + T], the last T tokens of an image those of the tasks. The others, where they are three or more,
+            are what they are without, to the bit. Blocks whose maps are mixed or whose queries have a norm do not take it, nor goes it with ``patch``
+            or ``first``.
 
     Returns:
         [B, C, H, W], or [B, C, 1, first], in channels_last memory, of the dtype of ``x``.
@@ -147,4 +151,5 @@ def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None
     """
     x = x.contiguous(memory_format=torch.channels_last)
     tensors = packed.matrices, packed.vectors, packed.numbers
-    return _define.call(_op, _define.differentiable(x), x, *tensors, packed.program, *(patch or (0, 0)), first or 0)
+    places = *(patch or (0, 0)), first or 0, *(memory or (None, None, ()))
+    return _define.call(_op, _define.differentiable(x), x, *tensors, packed.program, *places)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels.ops.bottleneck.reference import Affine, Norm, inverted_bottleneck
+from vitkernels.ops.memory.reference import memory_attention
 
 Patch = tuple[int, int] | None
 """The size of a map's patches, whose positions are sequences of their own; None: all pixels of an image are one sequence."""
@@ -41,6 +43,16 @@ class Mixing(NamedTuple):
     norm: Norm
 
 
+class Memory(NamedTuple):
+    """The memory of tasks beside a model's tokens (arXiv 2203.15243, section 3.2), as keys and values. A task is one more token, that sees the
+    model's, itself and its memory; the model's tokens do not see it.
+    """
+
+    k: Tensor  # [blocks, M, H, D]
+    v: Tensor
+    groups: tuple[int, ...]  # how much of it is each task's
+
+
 class Block(NamedTuple):
     """``x = x + project_out(attention(project_in(x)))``, then ``x + mlp(x)``. ``project_in`` and ``mlp`` have a norm, ``mlp`` two layers."""
 
@@ -50,16 +62,46 @@ class Block(NamedTuple):
     mlp: Pass
 
 
-def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None, first: int | None = None) -> Tensor:
-    """[B, C, H, W] through the blocks, one after the other; with ``first`` the first so many pixels of that, [B, C, 1, first]."""
-    for block in blocks:
-        x = x + _pass(_attend(_pass(x, block.project_in), block.attention, patch), block.project_out)
+def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None, first: int | None = None, memory: Memory | None = None) -> Tensor:
+    """[B, C, H, W] through the blocks, one after the other; with ``first`` the first so many pixels of that, [B, C, 1, first]. With ``memory``
+    [B, C, 1, N + T], the tokens of T tasks behind the model's.
+    """
+    for index, block in enumerate(blocks):
+        qkv, attention = _pass(x, block.project_in), block.attention
+        if memory is None:
+            attended = _attend(qkv, attention, patch)
+        else:
+            tokens = x.shape[-1] - len(memory.groups)
+            of_tasks = _attend_tasks(qkv, attention, tokens, memory.k[index], memory.v[index], memory.groups)
+            attended = torch.cat([_attend(qkv[..., :tokens], attention, None), of_tasks], dim=-1)
+        x = x + _pass(attended, block.project_out)
         x = x + _pass(x, block.mlp)
     return x if first is None else x.flatten(2)[:, :, None, :first]
 
 
 def _pass(x: Tensor, one: Pass) -> Tensor:
     return inverted_bottleneck(x, **one._asdict())
+
+
+def _attend_tasks(qkv: Tensor, attention: Softmax | Mixing, tokens: int, memory_k: Tensor, memory_v: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Of [B, 3 H D, 1, N + T] the attention of the last T tokens, [B, H D, 1, T]."""
+    q, k, v = qkv.squeeze(2).unflatten(1, (3, attention.heads, -1)).permute(1, 0, 2, 4, 3).unbind(0)  # [B, H, N + T, D]
+    scale = q.shape[-1] ** -0.5 if attention.scale is None else attention.scale
+    keys, own = slice(None, tokens), slice(tokens, None)
+    out, _ = memory_attention(
+        q[:, :, own],
+        k[:, :, keys],
+        v[:, :, keys],
+        memory_k,
+        memory_v,
+        own_k=k[:, :, own],
+        own_v=v[:, :, own],
+        groups=groups,
+        scale=scale,
+        dropout_p=0.0,
+        seed=None,
+    )
+    return out.flatten(2).mT.unsqueeze(2)
 
 
 def _attend(qkv: Tensor, attention: Softmax | Mixing, patch: Patch) -> Tensor:
