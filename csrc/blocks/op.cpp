@@ -308,8 +308,8 @@ Tensor transformer_blocks(
   const Sequences wanted = fewer ? Sequences(batch, 1, first) : sequences;
   const Bytes bytes{bottleneck::bytes_of(dtype_of(x)), bottleneck::bytes_of(dtype_of(matrices)), bottleneck::bytes_of(dtype_of(vectors))};
   const Dtype dtype = dtype_of(x);
-  Tensor y = empty_strided(
-      {batch, channels, wanted.height, wanted.pitch / wanted.height}, {wanted.pitch * channels, 1, wanted.pitch / wanted.height * channels, channels}, x.scalar_type());
+  const int64_t columns = wanted.width + memory.tasks();
+  Tensor y = empty_strided({batch, channels, wanted.height, columns}, {wanted.height * columns * channels, 1, columns * channels, channels}, x.scalar_type());
   int64_t most = 0, most_hidden = 0;
   for (const Block& b : blocks) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),

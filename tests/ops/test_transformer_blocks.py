@@ -149,7 +149,7 @@ def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torc
     assert torch.equal(found[..., :tokens], op.run(x[..., :tokens], weights))
 
 
-@pytest.mark.parametrize("shape", [(0, 40, 1, 4), (2, 40, 1, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 40, 1, 4), (2, 40, 1, 0), (2, 40, 0, 3)], ids=str)
 @pytest.mark.parametrize("name", ["tokens", "mixed"])
 def test_nothing_to_attend_to(name: str, shape: tuple[int, ...]) -> None:
     _, blocks, _ = drawn(name, torch.float32)
