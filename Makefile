@@ -3,7 +3,7 @@
 #
 #   make demo     a real MobileViTv2, original against accelerated, on real photos
 #   make test     every test, once per instruction set of this CPU and once through the Triton interpreter
-#   make bench    the figures of benchmarks/results, measured here
+#   make bench    the figures of benchmarks/results, measured here: whole models, the scripts of benchmarks/, every op (hours)
 #   make gpu      on a machine with a GPU and its own torch (nothing is downloaded): tests, proof and figures on that GPU
 #   make lint     ruff and mypy
 #   make clean    remove what was built (the environment stays; `make distclean` removes it too)
@@ -96,6 +96,11 @@ $(TRITON_TESTS): test-triton-%: setup
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/$* -k triton
 
 bench: setup
+	@$(RUN) benchmarks/whole_models.py --compile --threads 2 --out $(RESULTS)/whole_models
+	@$(RUN) benchmarks/whole_models.py --dtype bfloat16 --threads 2 --out $(RESULTS)/whole_models/bfloat16
+	@for pair in server:server learnable_memory:memory detection:detection patch_embedding:patch_embedding; do \
+	  $(RUN) benchmarks/$${pair%%:*}.py --out $(RESULTS)/$${pair##*:}; \
+	done
 	@$(RUN) -m vitkernels bench --out $(RESULTS)
 
 # No virtual environment: the machine's own python3 and torch are what is to be proved. The build takes the CUDA kernels, too, where nvcc is; `BUILD=`

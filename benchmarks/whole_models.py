@@ -1,6 +1,6 @@
 """Whole models in inference: accelerated, against PyTorch as it is and what a CPU user exports to.
 
-``python benchmarks/whole_models.py --out benchmarks/results/whole_models`` writes ``whole_models.csv`` and ``whole_models.md``. Contenders take
+``python benchmarks/whole_models.py --out benchmarks/results/whole_models`` writes ``whole_models.csv``, ``.md`` and ``.png``. Contenders take
 turns in the same rounds, ONNX Runtime and OpenVINO in processes of their own that sleep meanwhile; ``--compile`` adds torch.compile with frozen
 weights, which takes minutes to compile. A row exists only if the accelerated model's logits passed the accuracy rule against float64 in that run.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ CONTENDERS = (ORIGINAL, LAST, COMPILED, *_engines.ENGINES, OURS)
 COLUMNS = ("model", "batch", "dtype", *(f"{name} ms" for name in CONTENDERS), "best other", "times as fast p20", "p50", "p80", "rounds", "weak")
 
 
-def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> dict[str, Any]:
-    """One row."""
+Speeds = dict[str, tuple[float, float, float]]
+"""Of each contender, how many times as fast as the original it is: p20, median, p80."""
+
+
+def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> tuple[dict[str, Any], Speeds]:
+    """One row, and what of it the plot shows."""
     zoo = _zoo.load(name)
     images: Any = _zoo.images(zoo, batch)[0]
     exact = _zoo.logits(copy.deepcopy(zoo.module).double()(images.double()))
@@ -54,7 +59,8 @@ def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: flo
     faster = measured.speedup(OURS, over=best)
     row |= {f"{other} ms": times.get(other, "") for other in CONTENDERS}
     values = (best, faster.p20, faster.p50, faster.p80, measured.kept, measured.weak)
-    return row | dict(zip(COLUMNS[-len(values) :], values, strict=True))
+    speeds = {other: measured.speedup(other, over=ORIGINAL).scaled(1) for other in times if other != ORIGINAL}
+    return row | dict(zip(COLUMNS[-len(values) :], values, strict=True)), speeds
 
 
 def main() -> None:
@@ -70,16 +76,19 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
-    rows = []
+    rows, panels = [], defaultdict[str, dict[str, Speeds]](dict)
     with torch.no_grad():
         for name in options.model or MODELS:
             for dtype in options.dtype or ("float32",):
                 for batch in options.batch or (1, 16):
-                    rows.append(compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile))
+                    row, speeds = compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile)
+                    rows.append(row)
+                    panels[f"batch {batch}, {dtype}"][name] = speeds
                     print(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items() if value != ""), flush=True)
     if folder:
         title = "Whole models in inference; how many times as fast as the best of the others the accelerated model is"
         report.write_results(folder, "whole_models", title, rows, COLUMNS)
+        report.bars(folder / "whole_models.png", panels, "times as fast as PyTorch as it is (median; whiskers p20 and p80)", baseline=1.0)
 
 
 def cell(value: Any) -> str:
