@@ -85,12 +85,11 @@ def compare(batch: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
     with torch.inference_mode():
         if not torch.equal(model(images).base, vit(images)):
             raise SystemExit("the ViT's logits are not the same to the bit beside five tasks: nothing is measured")
-        for name, logits in model(images).tasks.items():
-            torch.testing.assert_close(
-                whole(images).tasks[name], logits, rtol=0.1 if dtype is torch.bfloat16 else 1e-3, atol=0.1 if dtype is torch.bfloat16 else 1e-3
-            )
+        close: Any = {"rtol": 0.1, "atol": 0.1} if dtype is torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(whole(images).tasks, model(images).tasks, **close)
+        torch.testing.assert_close(fast_vit(images), vit(images), **close)
         for a, b in zip(one_by_one(), run_adapters(list(fast), images), strict=True):
-            torch.testing.assert_close(b, a, rtol=0.1 if dtype is torch.bfloat16 else 1e-3, atol=0.1 if dtype is torch.bfloat16 else 1e-4)
+            torch.testing.assert_close(b, a, **close)
         measured = timing.interleave(calls, rounds=rounds, min_time=0.005)
     rows = []
     for contender, against in RATIOS:

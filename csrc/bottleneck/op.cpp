@@ -22,7 +22,7 @@ bool channels_last(const Tensor& t) {
 }
 
 const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name) {
-  const int64_t panels = (channels + bottleneck::kPanel - 1) / bottleneck::kPanel;
+  const int64_t panels = padded(channels) / kPanel;
   STD_TORCH_CHECK(
       weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == depth && weight.size(2) == bottleneck::kPanel && weight.is_contiguous() &&
           weight.scalar_type() == weights && bias.numel() == panels * bottleneck::kPanel && bias.is_contiguous() && bias.scalar_type() == type,
@@ -99,7 +99,7 @@ Tensor inverted_bottleneck(
   a.out_height = a.height, a.out_width = a.width;
   STD_TORCH_CHECK(depthwise_weight.has_value() == depthwise_bias.has_value(), "vitkernels::inverted_bottleneck: a depthwise convolution needs a weight and a bias");
   if (depthwise_weight) {
-    const int64_t padded = (a.hidden + bottleneck::kPanel - 1) / bottleneck::kPanel * bottleneck::kPanel;
+    const int64_t padded = bottleneck::padded(a.hidden);
     STD_TORCH_CHECK(
         kernel > 0 && stride > 0 && padding >= 0 && padding < kernel && a.height + 2 * padding >= kernel && a.width + 2 * padding >= kernel &&
             depthwise_weight->numel() == kernel * kernel * padded && depthwise_weight->is_contiguous() && depthwise_weight->scalar_type() == type &&

@@ -64,23 +64,29 @@ class Layer:
         """The tokens after the layer, from those before, normed, and attention's result [B, N, H D]."""
         raise NotImplementedError
 
-    def plan(self, x: Tensor) -> blocks.Block | None:
-        """What the passes for tokens like ``x`` are made of; None where the modules are to be called."""
+    def _planned(self, x: Tensor) -> tuple[Any, blocks.Block] | None:
+        """What is kept of the layer and what its passes for tokens like ``x`` are made of; None where the modules are to be called."""
         if torch.is_grad_enabled() or not folded.here(x) or torch.is_autocast_enabled("cpu") or _checks.why_not_tensor(x) is not None:
             return None
-        plan = _PASSES.entry(self.module).plan
+        entry = _PASSES.entry(self.module)
+        plan = entry.plan
         if isinstance(plan, str):
             if plan == _checks.HOOKED:
                 _PASSES.drop(self.module)  # nothing that is compared tells that the hook is gone
             return None
-        return None if (plan.scaled and x.dtype.itemsize == 2) or folded.left_to_pytorch(x.dtype) is not None else plan
+        return None if (plan.scaled and x.dtype.itemsize == 2) or folded.left_to_pytorch(x.dtype) is not None else (entry, plan)
+
+    def takes_tasks(self, x: Tensor) -> bool:
+        """Whether tasks could go beside tokens like ``x`` in one call with other layers."""
+        planned = self._planned(x)
+        return planned is not None and planned[1].plain
 
     def passes(self, x: Tensor) -> Passes | None:
         """The passes for tokens like ``x``, their weights packed until one changes; None where the modules are to be called."""
-        plan = self.plan(x)
-        if plan is None:
+        planned = self._planned(x)
+        if planned is None:
             return None
-        entry = _PASSES.entry(self.module)
+        entry, plan = planned
 
         def bind() -> Passes | None:
             if why_not_tensors(x, entry.snapshot.tensors) is not None:
@@ -228,9 +234,14 @@ def _block_of(module: Any) -> blocks.Block | str:
         return str(error)
 
 
+def _adapter(module: nn.Module) -> Any:
+    """What replaces such a layer."""
+    return blocks.TABLE[original_name(module)]
+
+
 def _read(module: Any) -> blocks.Block:
     if not isinstance(module, nn.ModuleList):
-        return (blocks.TimmBlock if original_name(module).startswith("timm.") else blocks.TransformersBlock)._vk_block(module)
+        return _adapter(module)._vk_block(module)
     attention: Any
     attention, feed_forward = module
     if hasattr(attention, "to_qkv"):
@@ -244,7 +255,7 @@ def _read(module: Any) -> blocks.Block:
 
 def _settings(module: Any) -> Any:
     if not isinstance(module, nn.ModuleList):
-        return (blocks.TimmBlock if original_name(module).startswith("timm.") else blocks.TransformersBlock)._vk_settings(module)
+        return _adapter(module)._vk_settings(module)
     return module[0].heads, module[0].scale
 
 

@@ -216,7 +216,8 @@ class MemoryViT(nn.Module):
         rows = self._rows(kept)
         base, tokens = None, None
         if whole:
-            tasks = blocks.Tasks(rows[0].tokens, rows[0].stacked())
+            memory = rows[0].stacked() if self.training else kept.value("stacked", rows[0].stacked)
+            tasks = blocks.Tasks(rows[0].tokens, memory)
             with blocks.with_tasks(kept.plan.stack, tasks):
                 base = self.vit(*args, **kwargs)
             tokens = tasks.result
@@ -229,8 +230,7 @@ class MemoryViT(nn.Module):
         like = next(self.vit.parameters())
         if self.apart or not isinstance(frame.stack, blocks.OfTokens):
             return False
-        plans = [layer.plan(like) for layer in frame.layers]
-        return all(plan is not None and plan.plain for plan in plans)
+        return all(layer.takes_tasks(like) for layer in frame.layers)
 
     def _base_grad(self, args: Any, kwargs: Any) -> bool:
         """Whether somebody may want a gradient of what the ViT computes."""
@@ -258,4 +258,4 @@ def _settings(model: MemoryViT) -> Any:
     return model.apart, [(name, task.norm_memory) for name, task in tasks]
 
 
-_KEPT: _derived.Derived[Frame, list[Rows]] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
+_KEPT: _derived.Derived[Frame, Any] = _derived.Derived(lambda model: frame_of(model.vit), _settings)
