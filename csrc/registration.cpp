@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "batch_norm/op.h"
 #include "blocks/op.h"
 #include "bottleneck/op.h"
 #include "cascaded_group/op.h"
@@ -38,6 +39,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels, CompositeExplicitAutograd, m) { m.impl("cp
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("attention", TORCH_BOX(&vitkernels::attention));
   m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward));
+  m.impl("batch_norm_act", TORCH_BOX(&vitkernels::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&vitkernels::batch_norm_act_backward));
   m.impl("cascaded_group_attention", TORCH_BOX(&vitkernels::cascaded_group_attention));
   m.impl("cascaded_group_attention_backward", TORCH_BOX(&vitkernels::cascaded_group_attention_backward));
   m.impl("cascaded_group_attention_batch_norm", TORCH_BOX(&vitkernels::cascaded_group_attention_batch_norm));

@@ -159,6 +159,7 @@ class OpSpec:
 @functools.cache
 def all_specs() -> dict[str, OpSpec]:
     """Every op's spec by name."""
+    from vitkernels.ops.batch_norm import spec as batch_norm
     from vitkernels.ops.cascaded_group import spec as cascaded_group
     from vitkernels.ops.dense import spec as dense
     from vitkernels.ops.head_mixing import spec as head_mixing
@@ -169,7 +170,7 @@ def all_specs() -> dict[str, OpSpec]:
     from vitkernels.ops.separable import spec as separable
     from vitkernels.ops.tokens import spec as tokens
 
-    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch, memory, matching)
+    families = (separable, cascaded_group, packed, tokens, head_mixing, dense, patch, memory, matching, batch_norm)
     return {spec.name: spec for family in families for spec in family.SPECS}
 
 

@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/map.h"
+#include "common/pages.h"
 
 namespace vitkernels {
 
@@ -36,7 +37,9 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializ
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 // [B, H, N, width], in memory [B, N, H, width].

@@ -25,7 +25,7 @@ SMALL = next(case for case in SELF.bench_cases if case.name == "B1 d256 N16")
 # Of every op its smallest.
 CASES = (
     *("B1 d192", "M0s3", "small64", "T1024 d384", "T2048 d384", "B1 N197 d32 batch"),
-    *("B1 N49 8x16", "B1 8x8 4x60", "B1 5 tasks", "B2 Q100"),
+    *("B1 N49 8x16", "B1 8x8 4x60", "B1 5 tasks", "B2 Q100", "B8 512x8x8"),
 )
 QUICK = ("--quick", "--threads", 1, *(word for case in CASES for word in ("--case", case)))
 

@@ -142,6 +142,7 @@ _IN_ANOTHER_SIZE = {
     "separable_self_attention": _resized(1),
     "cascaded_group_attention": _resized(1),
     "cascaded_group_attention_batch_norm": _resized(1),
+    "batch_norm_act": _resized(1),
     "varlen_attention": _repacked,
     "packed_attention": _repacked_rows,
     "re_attention": _retokened,

@@ -20,12 +20,18 @@ def _token_major(q: Tensor, v: Tensor) -> tuple[int, ...]:
     return torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2).stride()
 
 
+def _channels_last_or_contiguous(x: Tensor) -> tuple[int, ...]:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(x.shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format).stride()
+
+
 # The layout that each op's docstring promises; a new op writes its own here.
 _PROMISED: dict[str, Callable[[Sample], tuple[int, ...]]] = {
     "separable_attention": lambda sample: torch.empty(sample.args[2].shape).stride(),
     "separable_self_attention": lambda sample: torch.empty_like(sample.args[0]).stride(),
     "cascaded_group_attention": lambda sample: torch.empty_like(sample.args[0]).stride(),
     "cascaded_group_attention_batch_norm": lambda sample: torch.empty_like(sample.args[0]).stride(),
+    "batch_norm_act": lambda sample: _channels_last_or_contiguous(sample.args[0]),
     "varlen_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "packed_attention": lambda sample: torch.empty(*sample.args[0].shape[:-1], sample.args[2].shape[-1]).stride(),
     "factorized_position_embedding": lambda sample: torch.empty(sample.args[0].shape).stride(),

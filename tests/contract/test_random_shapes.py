@@ -159,6 +159,30 @@ def _make_cascaded_norm(drawn: dict[str, Any], device: str) -> Sample:
 
 
 @st.composite
+def _batch_norm(draw: st.DrawFn, small: bool) -> dict[str, Any]:
+    return {
+        # Enough values a channel for statistics that are no accident of two or three numbers.
+        "shape": (draw(st.integers(2, 5)), draw(st.integers(1, 70)), draw(st.integers(3, 20)), draw(st.integers(3, 20))),
+        "layout": draw(st.sampled_from(_LAYOUTS)),
+        "activation": draw(st.sampled_from(("none", "relu", "silu"))),
+        "mean": draw(st.sampled_from((0.0, 0.5, 20.0))),
+        "eps": draw(st.sampled_from((1e-5, 0.1))),
+        "dtype": draw(st.sampled_from(_DTYPES)),
+        "wide": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def _make_batch_norm(drawn: dict[str, Any], device: str) -> Sample:
+    generator = torch.Generator().manual_seed(drawn["seed"])
+    x = drawn["mean"] + torch.randn(drawn["shape"], generator=generator)
+    kept = torch.float32 if drawn["wide"] else drawn["dtype"]
+    weight, bias = (torch.randn(x.shape[1], generator=generator).to(kept) for _ in range(2))
+    args = tuple(t.to(device).requires_grad_() for t in (_arranged(x.to(drawn["dtype"]), drawn["layout"]), weight, bias))
+    return Sample(str(drawn), args, {"activation": drawn["activation"], "eps": drawn["eps"]})
+
+
+@st.composite
 def _varlen(draw: st.DrawFn, small: bool) -> dict[str, Any]:
     kv_heads = draw(st.integers(1, 2 if small else 4))
     length = st.integers(0, 40 if small else 90)
@@ -485,6 +509,7 @@ _DRAWN = {
     "separable_self_attention": (_self_attention, _make_self_attention),
     "cascaded_group_attention": (_cascaded, _make_cascaded),
     "cascaded_group_attention_batch_norm": (_cascaded_norm, _make_cascaded_norm),
+    "batch_norm_act": (_batch_norm, _make_batch_norm),
     "varlen_attention": (_varlen, _make_varlen),
     "packed_attention": (_packed, _make_packed),
     "factorized_position_embedding": (_positions, _make_positions),

@@ -66,8 +66,9 @@ def test_evaluation(kind: str, images: Tensor) -> None:
     original, accelerated, handle = zoo.pair(MODELS[kind](), images)
     original.eval()
     accelerated.eval()
-    folded = [record for record in handle.replaced if record.op == "inverted_bottleneck"]
-    assert len(folded) >= 7 and {record.backend for record in folded} == {"native"}
+    folded = [record for record in handle.replaced if record.op in ("inverted_bottleneck", "batch_norm_act")]
+    assert len(folded) >= 7 and {record.op for record in folded} == {"inverted_bottleneck", "batch_norm_act"}
+    assert {record.backend for record in folded} == {"native"}
     zoo.assert_same(original, accelerated, images, training=False, measure=zoo.inference)
     assert not handle.fallbacks
 
@@ -127,10 +128,9 @@ def test_hooks_inside_are_called(images: Tensor) -> None:
     assert len(seen) == 1 and "hook" in handle.fallbacks["stages.0.0"]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_gradients_go_through_the_original(training: bool, images: Tensor) -> None:
+def test_gradients_in_evaluation_go_through_the_original(images: Tensor) -> None:
     original, accelerated, _ = zoo.pair(timm_v2(), images)
-    zoo.assert_same(original, accelerated, images, training=training)
+    zoo.assert_same(original, accelerated, images, training=False)
 
 
 def test_several_threads_at_once(images: Tensor) -> None:
@@ -156,8 +156,7 @@ def test_several_threads_at_once(images: Tensor) -> None:
 def test_export_and_compile_see_the_original() -> None:
     x = torch.randn(2, 32, 8, 8)
     original, accelerated, handle = zoo.pair(zoo.timm_block(), x)
-    assert any("torch.export the original layers do" in note for note in handle.notes)
-    assert {"inverted_bottleneck", "separable_self_attention"} <= {record.op for record in handle.replaced}
+    assert {"batch_norm_act", "separable_self_attention"} <= {record.op for record in handle.replaced}
     exported = torch.export.export(accelerated.eval(), (x,))
     assert not any("vitkernels" in str(node.target) for node in exported.graph.nodes)
     assert_right(exported.module(), original.eval(), x)

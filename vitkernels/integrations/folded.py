@@ -1,7 +1,7 @@
-"""Blocks of convolutions, and the MLPs of transformers, in evaluation: norms folded into the weights, a few passes over memory in channels_last.
+"""Layers in evaluation, a few passes over memory: what runs folded, how the zoos' layers are recognised, and the MLPs of transformers.
 
 While a gradient is wanted, in training, under autocast and in a graph that torch.compile makes, the original code runs: it is what there is to train,
-and inductor folds by itself.
+and inductor folds by itself. Convolutions, which have more to gain in training, are in ``convolutions.py``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import backends
-from vitkernels.integrations._fused import Fused, Role, fell_back, original_name
+from vitkernels.integrations._fused import Fused, Role, fell_back, original_class, original_name
 from vitkernels.nn import _checks, _folded
 from vitkernels.nn._derived import Derived, gradient_wanted
-from vitkernels.nn._folded import Bottleneck, Layer, UnfitError, bottleneck, onednn, single
+from vitkernels.nn._folded import Bottleneck, Layer, UnfitError, bottleneck, onednn
 from vitkernels.ops.bottleneck.op import NAME, bfloat16_products
 
 Run = Callable[..., Tensor | None]
@@ -119,15 +119,22 @@ def here(x: Tensor) -> bool:
 
 def plan_of(cls: type[Evaluated], module: Any) -> Plan | str:
     """How ``module`` would run folded, or why it cannot."""
+    if (reason := hooked_inside(module)) is not None:
+        return reason
+    try:
+        return cls._vk_plan(module)
+    except UnfitError as error:
+        return str(error)
+
+
+def hooked_inside(module: Any) -> str | None:
+    """Which layer below ``module`` does more than its class's forward."""
     for child in module.modules():
         if child is not module and _checks.hooked(child):
             return f"its {type(child).__name__} {_checks.HOOKED}"
         if child is not module and "forward" in child.__dict__:
             return f"the forward of its {type(child).__name__} is overridden on the instance"
-    try:
-        return cls._vk_plan(module)
-    except UnfitError as error:
-        return str(error)
+    return None
 
 
 def _plan_now(module: Any) -> Plan | str:
@@ -158,7 +165,7 @@ _ACTIVATIONS = {
     "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.QuickGELUActivation": "quick_gelu",
 }
-_CONV_LAYERS = frozenset(
+CONV_LAYERS = frozenset(
     f"transformers.models.{name}ConvLayer" for name in ("mobilevit.modeling_mobilevit.MobileViT", "mobilevitv2.modeling_mobilevitv2.MobileViTV2")
 )
 _INACTIVE = frozenset(
@@ -206,7 +213,7 @@ def plain(module: Any, kind: type[Module]) -> Module:
     Raises:
         UnfitError: it is of another.
     """
-    if type(module) is not kind:
+    if original_class(module) is not kind:
         raise UnfitError(f"a {type(module).__name__} stands where a plain {kind.__name__} should")
     return module
 
@@ -232,7 +239,7 @@ def conv_layer(module: Any) -> Layer:
             raise UnfitError(f"its norm is a {type(norm).__name__}")
         no_change(norm.drop)
         return Layer(conv, batch_norm(norm), activation=activation_of(norm.act))
-    if name in _CONV_LAYERS:
+    if name in CONV_LAYERS:
         norm = module.normalization
         if norm is not None and type(norm) is not nn.BatchNorm2d:
             raise UnfitError(f"its norm is a {type(norm).__name__}")
@@ -255,49 +262,6 @@ def conv_sequence(module: Any) -> list[Layer]:
         activation = activation_of(rest.pop(0)) if rest and type(rest[0]) is not nn.Conv2d else "none"
         layers.append(Layer(plain(conv, nn.Conv2d), batch_norm(plain(norm, nn.BatchNorm2d)), activation=activation))
     return layers
-
-
-# --- convolutions --------------------------------------------------------------------------------------------------------------------
-
-
-class ConvNormAct(Folded):
-    """timm's ``ConvNormAct``, transformers' ``MobileViTConvLayer`` and ``MobileViTV2ConvLayer``."""
-
-    @classmethod
-    def _vk_plan(cls, module: Any) -> Plan:
-        return Plan(single(conv_layer(module)).bind)
-
-
-class InvertedResidual(Folded):
-    """timm's ``BottleneckBlock`` with a depthwise middle, the ``InvertedResidual`` of transformers' MobileViT and MobileViTV2, and vit_pytorch's
-    ``MV2Block``, which may lack the expansion: in one op.
-    """
-
-    _vk_absorbs: ClassVar[tuple[type[Fused], ...]] = (ConvNormAct,)
-
-    @classmethod
-    def _vk_settings(cls, module: Any) -> Any:
-        return module.__dict__.get("use_residual"), module.__dict__.get("use_res_connect")
-
-    @classmethod
-    def _vk_plan(cls, module: Any) -> Plan:
-        if original_name(module) == "timm.models.byobnet.BottleneckBlock":
-            layers, residual = [conv_layer(module.conv1_1x1), conv_layer(module.conv2_kxk), conv_layer(module.conv3_1x1)], module.shortcut is not None
-            no_change(module.shortcut, module.conv2b_kxk, module.attn, module.attn_last, module.drop_path, module.act)
-        elif original_name(module) == "vit_pytorch.mobile_vit.MV2Block":
-            layers, residual = conv_sequence(module.conv), module.use_res_connect
-        else:
-            layers, residual = [conv_layer(module.expand_1x1), conv_layer(module.conv_3x3), conv_layer(module.reduce_1x1)], module.use_residual
-        if len(layers) not in (2, 3):
-            raise UnfitError(f"it has {len(layers)} convolutions")
-        *expand, depthwise, project = layers
-        whole = bottleneck(project, expand=expand[0] if expand else None, depthwise=depthwise)
-
-        def bind(dtype: torch.dtype) -> Run:
-            run = whole.bind(dtype)
-            return (lambda x: run(x, x)) if residual else run
-
-        return Plan(bind)
 
 
 # --- MLPs ----------------------------------------------------------------------------------------------------------------------------
@@ -404,11 +368,6 @@ TRANSFORMERS_VITS = {
 
 
 TABLE: dict[str, type[Fused]] = {
-    "timm.layers.conv_bn_act.ConvNormAct": ConvNormAct,
-    "timm.models.byobnet.BottleneckBlock": InvertedResidual,
-    "vit_pytorch.mobile_vit.MV2Block": InvertedResidual,
     "timm.layers.mlp.Mlp": Mlp,
     **{f"vit_pytorch.{name}.FeedForward": Mlp for name in ("vit", "simple_vit", "deepvit", "mobile_vit")},
-    **dict.fromkeys(_CONV_LAYERS, ConvNormAct),
-    **{name.replace("ConvLayer", "InvertedResidual"): InvertedResidual for name in _CONV_LAYERS},
 }

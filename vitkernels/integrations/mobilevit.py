@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from vitkernels.integrations import blocks, timm, transformers, vit_pytorch
 from vitkernels.integrations._fused import Fused, original_name
+from vitkernels.integrations.convolutions import InvertedResidual, sequences
 from vitkernels.integrations.dense import resized, size_of, whole_patches
 from vitkernels.integrations.folded import (
     Evaluated,
-    InvertedResidual,
     Plan,
     Run,
     activation_of,
@@ -296,6 +296,10 @@ class TransformersDense(Whole, transformers.MobileViTBlock):
 
 class VitPytorchDense(Whole, vit_pytorch.MapBlock):
     """``mobile_vit.MobileViTBlock``, which has no norm behind its transformer."""
+
+    @classmethod
+    def _vk_parts(cls, module: Any) -> dict[nn.Module, type[Fused]]:
+        return {**super()._vk_parts(module), **sequences(module.conv1, module.conv2, module.conv3, module.conv4)}
 
     @classmethod
     def _vk_settings(cls, module: Any) -> Any:

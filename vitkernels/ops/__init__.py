@@ -3,6 +3,7 @@
 Each op's definition is ``vitkernels/ops/<family>/reference.py``, its derivation the README.md beside it.
 """
 
+from vitkernels.ops.batch_norm.op import batch_norm_act
 from vitkernels.ops.cascaded_group.op import cascaded_group_attention, cascaded_group_attention_batch_norm
 from vitkernels.ops.dense.op import attention
 from vitkernels.ops.head_mixing.op import re_attention
@@ -22,6 +23,7 @@ __all__ = [
     "TargetLayout",
     "attention",
     "attention_similarity",
+    "batch_norm_act",
     "cascaded_group_attention",
     "cascaded_group_attention_batch_norm",
     "detection_set_loss",

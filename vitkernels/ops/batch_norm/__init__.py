@@ -1,0 +1,1 @@
+"""Batch normalisation in training with the activation behind it, in one op."""
