@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(backends.why_not("batch_norm_act", "native", torch.device("cpu"), torch.float32) is not None, reason="no native kernels"),
 ]
 
+
 @pytest.fixture
 def images() -> Tensor:
     return zoo.photos(64, 2)

@@ -99,7 +99,9 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
 def _bad_inputs() -> Iterator[BadInput]:
     x, weight, bias = torch.randn(2, 6, 4, 4), torch.randn(6), torch.randn(6)
 
-    def bad(name: str, exception: type[Exception], words: tuple[str, ...], x: Any = x, weight: Any = weight, bias: Any = bias, **options: Any) -> BadInput:
+    def bad(
+        name: str, exception: type[Exception], words: tuple[str, ...], x: Any = x, weight: Any = weight, bias: Any = bias, **options: Any
+    ) -> BadInput:
         return BadInput.of(name, exception, words, x, weight, bias, **options)
 
     yield bad("x is a list", TypeError, ("x is a list", "[B, C, H, W]"), x=[1.0])
