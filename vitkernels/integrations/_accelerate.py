@@ -231,9 +231,7 @@ def _when(ops: set[str]) -> list[str]:
     if not ops:
         return []
     names = " and ".join(sorted(ops))
-    return [
-        f"note: {names} run in evaluation without gradients; in training, under autocast, in torch.compile and torch.export their layers do."
-    ]
+    return [f"note: {names} run in evaluation without gradients; in training, under autocast, in torch.compile and torch.export their layers do."]
 
 
 def _name(module: nn.Module) -> str:

@@ -128,9 +128,9 @@ def _in_place(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "non
     """As models write it: running statistics kept by the norm, the activation in place."""
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
-    act = {"none": lambda y: y, "relu": F.relu_, "silu": functools.partial(F.silu, inplace=True)}[activation]
+    in_place: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu_, "silu": functools.partial(F.silu, inplace=True)}
     count = x.numel() // x.shape[1]
-    return act(y), mean, var * ((count - 1) / count)
+    return in_place[activation](y), mean, var * ((count - 1) / count)
 
 
 def _case(shape: Shape, activation: str, arrange: Callable[[Tensor], Tensor]) -> BenchCase:
