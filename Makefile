@@ -98,6 +98,9 @@ $(TRITON_TESTS): test-triton-%: setup
 bench: setup
 	@$(RUN) benchmarks/whole_models.py --compile --threads 2 --out $(RESULTS)/whole_models
 	@$(RUN) benchmarks/whole_models.py --dtype bfloat16 --threads 2 --out $(RESULTS)/whole_models/bfloat16
+	@$(RUN) benchmarks/training.py --batch 8 --compile --threads 2 --out $(RESULTS)/training/batch8
+	@$(RUN) benchmarks/training.py --batch 2 --threads 2 --out $(RESULTS)/training/batch2
+	@$(RUN) benchmarks/training.py --batch 8 --tuned-malloc --threads 2 --out $(RESULTS)/training/tuned-malloc
 	@for pair in server:server learnable_memory:memory detection:detection patch_embedding:patch_embedding; do \
 	  $(RUN) benchmarks/$${pair%%:*}.py --out $(RESULTS)/$${pair##*:}; \
 	done
