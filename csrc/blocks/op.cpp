@@ -260,26 +260,27 @@ void attend(const Block& b, Dtype dtype, const Sequences& queries, const Sequenc
   (b.mixed ? attend_mixed : attend_softmax)(b, dtype, queries, keys, heads, out);
 }
 
-// The tokens of tasks, which are behind those of each image.
-void attend_tasks(const Block& b, Dtype dtype, const Sequences& sequences, const Memory& memory, int64_t block, const Heads& heads, int64_t bytes, char* out) {
+// The tokens of tasks, which are behind those of each image, also where not all of its tokens have queries.
+void attend_tasks(
+    const Block& b, Dtype dtype, const Sequences& queries, const Sequences& keys, const Memory& memory, int64_t block, const Heads& heads, int64_t bytes, char* out) {
   const int64_t tasks = memory.tasks(), channels = b.channels(), of_block = block * memory.begins.back() * channels * bytes;
-  const Buffer<char> found(sequences.images * tasks * channels * bytes);
-  const Buffer<double> lse(sequences.images * b.heads * tasks);
-  const auto map = [&](const char* data, int64_t first) { return Map{const_cast<char*>(data) + first * heads.row * bytes, sequences.pitch * heads.row, b.dim, heads.row, 1}; };
+  const Buffer<char> found(keys.images * tasks * channels * bytes);
+  const Buffer<double> lse(keys.images * b.heads * tasks);
+  const auto map = [&](const char* data, const Sequences& of, int64_t first, int64_t row) { return Map{const_cast<char*>(data) + first * row * bytes, of.pitch * row, b.dim, row, 1}; };
   const auto rows = [&](const char* data) { return Rows{const_cast<char*>(data) + of_block, channels, b.dim, 1}; };
   memory::Forward a{};
   a.dtype = dtype;
-  a.batch = sequences.images, a.heads = b.heads, a.queries = tasks, a.keys = sequences.tokens, a.dim = a.value_dim = b.dim;
-  a.q = map(heads.q, sequences.tokens), a.k = map(heads.k, 0), a.v = map(heads.v, 0);
-  a.own_k = map(heads.k, sequences.tokens), a.own_v = map(heads.v, sequences.tokens);
+  a.batch = keys.images, a.heads = b.heads, a.queries = tasks, a.keys = keys.tokens, a.dim = a.value_dim = b.dim;
+  a.q = map(heads.q, queries, queries.tokens, heads.q_row), a.k = map(heads.k, keys, 0, heads.row), a.v = map(heads.v, keys, 0, heads.row);
+  a.own_k = map(heads.k, keys, keys.tokens, heads.row), a.own_v = map(heads.v, keys, keys.tokens, heads.row);
   a.memory_k = rows(memory.k), a.memory_v = rows(memory.v);
   a.groups = tasks, a.memory_begin = memory.begins.data();
   a.scale = b.scales.logits;
   a.out = found.get(), a.lse = lse.get();
   memory::kernels().forward(a);
   const int64_t size = tasks * channels * bytes;
-  for (int64_t i = 0; i < sequences.images; ++i) {
-    std::memcpy(out + (i * sequences.pitch + sequences.tokens) * channels * bytes, found + i * size, static_cast<size_t>(size));
+  for (int64_t i = 0; i < queries.images; ++i) {
+    std::memcpy(out + (i * queries.pitch + queries.tokens) * channels * bytes, found + i * size, static_cast<size_t>(size));
   }
 }
 
@@ -299,13 +300,13 @@ Tensor transformer_blocks(
   STD_TORCH_CHECK(!blocks.empty(), "vitkernels::transformer_blocks: the program is empty");
   const Memory memory(x, memory_k, memory_v, groups, blocks);
   const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3) - memory.tasks();
-  STD_TORCH_CHECK(memory.tasks() == 0 || (height == 1 && width >= 0 && patch_height == 0 && first == 0),
-                  "vitkernels::transformer_blocks: with memory x must be [B, C, 1, N + T], a token for each of the T groups behind the N others, all wanted, no patches");
+  STD_TORCH_CHECK(memory.tasks() == 0 || (height == 1 && width >= 0 && patch_height == 0),
+                  "vitkernels::transformer_blocks: with memory x must be [B, C, 1, N + T], a token for each of the T groups behind the N others, no patches");
   const Sequences sequences(batch, height, width, patch_height, patch_width, memory.tasks());
   STD_TORCH_CHECK(first >= 0 && first <= height * width && (first == 0 || patch_height == 0),
                   "vitkernels::transformer_blocks: first must be from 0, for all, to the ", height * width, " pixels of an image, and of patches it must be 0");
   const bool fewer = first > 0;
-  const Sequences wanted = fewer ? Sequences(batch, 1, first) : sequences;
+  const Sequences wanted = fewer ? Sequences(batch, 1, first, 0, 0, memory.tasks()) : sequences;
   const Bytes bytes{bottleneck::bytes_of(dtype_of(x)), bottleneck::bytes_of(dtype_of(matrices)), bottleneck::bytes_of(dtype_of(vectors))};
   const Dtype dtype = dtype_of(x);
   const int64_t columns = wanted.width + memory.tasks();
@@ -338,7 +339,7 @@ Tensor transformer_blocks(
   all.one(*layer, from, out);
   for (size_t i = 0; i + (fewer ? 1 : 0) < blocks.size(); ++i, from = to) {
     attend(blocks[i], dtype, sequences, sequences, heads_of(blocks[i]), attended);
-    if (memory.tasks() > 0) attend_tasks(blocks[i], dtype, sequences, memory, static_cast<int64_t>(i), heads_of(blocks[i]), bytes.tokens, attended);
+    if (memory.tasks() > 0) attend_tasks(blocks[i], dtype, sequences, sequences, memory, static_cast<int64_t>(i), heads_of(blocks[i]), bytes.tokens, attended);
     if (i + 1 == blocks.size()) {
       all.behind_attention(blocks[i], attended, from, to, nullptr, nullptr);
     } else {
@@ -350,13 +351,19 @@ Tensor transformer_blocks(
 
   const Passes few(wanted.pixels(), blocks, matrices.numel(), most_hidden, bytes);
   const Buffer<char> tokens(few.tokens * token), queries(few.tokens * last.channels() * bytes.tokens);
-  for (int64_t b = 0; b < batch; ++b) std::memcpy(tokens + b * first * token, from + b * height * width * token, static_cast<size_t>(first * token));
+  for (int64_t b = 0; b < batch; ++b) {
+    const char* image = from + b * sequences.pitch * token;
+    char* kept = tokens + b * wanted.pitch * token;
+    std::memcpy(kept, image, static_cast<size_t>(first * token));
+    std::memcpy(kept + first * token, image + sequences.tokens * token, static_cast<size_t>(memory.tasks() * token));
+  }
   bottleneck::Bottleneck of_queries = columns_of(last.in, 0, last.channels(), bytes);
   of_queries.y_row = last.channels();
   few.one(of_queries, tokens, queries);
   Heads heads = heads_of(last);
   heads.q = queries, heads.q_row = last.channels();
   attend(last, dtype, wanted, sequences, heads, attended);
+  if (memory.tasks() > 0) attend_tasks(last, dtype, wanted, sequences, memory, static_cast<int64_t>(blocks.size()) - 1, heads, bytes.tokens, attended);
   few.behind_attention(last, attended, tokens, static_cast<char*>(y.data_ptr()), nullptr, nullptr);
   return y;
 }

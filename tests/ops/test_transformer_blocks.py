@@ -123,11 +123,12 @@ def test_the_first_tokens_alone(name: str, dtype: torch.dtype) -> None:
         assert verdict.holds, verdict
 
 
+@pytest.mark.parametrize("first", [None, 3], ids=["all", "first 3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [(4,), (3, 0, 7, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", ["tokens", "few tokens, shared out by outputs", "three tokens"])
-def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The tokens of tasks, of which the model's know nothing: these are the same to the bit without them."""
+def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torch.dtype, first: int | None) -> None:
+    """The tokens of tasks, of which the model's know nothing: these are the same to the bit without them, also where the first three alone are made."""
     draw = Draw(dtype)
     channels, tokens, options = {
         "tokens": (40, 70, {"heads": 5, "dim": 8, "hidden": 50}),
@@ -137,16 +138,16 @@ def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torc
     x, blocks = draw(2, channels, 1, tokens + len(groups)), [draw.block(channels, **options) for _ in range(3)]
     memory = Memory(*(draw(3, sum(groups), options["heads"], options["dim"]) for _ in range(2)), groups)
     weights = packed(blocks, dtype)
-    found = op.run(x, weights, memory=memory)
-    exact = transformer_blocks(
-        x.double(), [cast(block, torch.float64) for block in blocks], memory=Memory(memory.k.double(), memory.v.double(), groups)
-    )
+    found = op.run(x, weights, first=first, memory=memory)
+    assert found.shape[-1] == (first or tokens) + len(groups)
+    exactly = Memory(memory.k.double(), memory.v.double(), groups)
+    exact = transformer_blocks(x.double(), [cast(block, torch.float64) for block in blocks], first=first, memory=exactly)
     if dtype is torch.float64:
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-13 * float(exact.abs().max()))
     else:
-        verdict = compare_tensors("output", found, transformer_blocks(x, blocks, memory=memory), exact)
+        verdict = compare_tensors("output", found, transformer_blocks(x, blocks, first=first, memory=memory), exact)
         assert verdict.holds, verdict
-    assert torch.equal(found[..., :tokens], op.run(x[..., :tokens], weights))
+    assert torch.equal(found[..., : first or tokens], op.run(x[..., :tokens], weights, first=first))
 
 
 @pytest.mark.parametrize("shape", [(0, 40, 1, 4), (2, 40, 1, 0), (2, 40, 0, 3)], ids=str)
@@ -204,7 +205,7 @@ def test_refusals() -> None:
         "must all be given": (x, *weights, 0, 0, 0, memory, memory, ()),
         "cannot be negative": (x, *weights, 0, 0, 0, memory, memory, (8, -1)),
         r"contiguous \[blocks, M, H, D\]": (x, *weights, 0, 0, 0, memory, memory, (6,)),
-        "with memory x must be": (x, *weights, 0, 0, 1, memory, memory, (7,)),
+        "with memory x must be": (x, *weights, 1, 1, 0, memory, memory, (7,)),
     }
     for words, arguments in bad.items():
         with pytest.raises(RuntimeError, match=words):
@@ -219,4 +220,5 @@ def test_schema() -> None:
     x, blocks, _ = drawn("tokens", torch.float32)
     torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 2, None, None, ()))
     memory = torch.randn(2, 7, 5, 8)
-    torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 0, memory, memory, (4, 3)))
+    for first in (0, 3):
+        torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, first, memory, memory, (4, 3)))

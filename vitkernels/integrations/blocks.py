@@ -120,14 +120,18 @@ def _asking(module: nn.Module, *more: Any) -> Iterator[None]:
 
 def only_first(module: nn.Module, first: int) -> contextlib.AbstractContextManager[None]:
     """In this thread whoever calls ``module``, a replacement, reads its ``first`` tokens, and it may return no more than these. Within
-    :func:`with_tasks` it returns all.
+    :func:`with_tasks` it returns at least three: from three on a token's bits do not depend on what goes beside it.
     """
-    asked, _ = getattr(_running, "asked", _NONE)
-    return _asking(module, first) if asked is None else contextlib.nullcontext()
+    asked, more = getattr(_running, "asked", _NONE)
+    if asked is None:
+        return _asking(module, first)
+    return _asking(module, max(first, 3), *more[1:]) if asked is module else contextlib.nullcontext()
 
 
 def with_tasks(module: nn.Module, tasks: Tasks | None) -> contextlib.AbstractContextManager[None]:
-    """In this thread ``module``, a replacement, takes these tasks along if it runs as one, and returns all of its own tokens, with None, too."""
+    """In this thread ``module``, a replacement, takes these tasks along if it runs as one. With None it makes of its own tokens what it would beside
+    some.
+    """
     return _asking(module, None, tasks)
 
 
@@ -190,11 +194,14 @@ def _plan(*blocks: Block, last: Callable[[Tensor], Tensor] | None = None) -> Pla
         def run(x: Tensor, first: int | None = None, tasks: Tasks | None = None) -> Tensor | None:
             if x.shape[-1] != channels:
                 return None
+            if first is not None and first >= x.shape[1]:
+                first = None
             if tasks is not None:
                 if not plain:
                     return None
                 z = torch.cat([x, tasks.tokens.expand(x.shape[0], -1, -1)], dim=1)
-                y, tasks.result = blocks_of(z.mT.unsqueeze(2), None, None, tasks.memory).squeeze(2).mT.split([x.shape[1], len(tasks.tokens)], dim=1)
+                found = blocks_of(z.mT.unsqueeze(2), None, first, tasks.memory).squeeze(2).mT
+                y, tasks.result = found.split([first or x.shape[1], len(tasks.tokens)], dim=1)
                 return y if last is None else last(y)
             patch = dense.patch_of(x)
             y = blocks_of(x.contiguous().mT.unsqueeze(2), None, first) if patch is None else blocks_of(dense.as_map(x), patch)

@@ -30,8 +30,8 @@ backends.declare(NAME, backends.Support(triton=()))
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    first = args[-4]
-    like = x.new_empty((*x.shape[:2], 1, first)) if first else x
+    first, groups = args[-4], args[-1]
+    like = x.new_empty((*x.shape[:2], 1, first + len(groups))) if first else x
     return torch.empty_like(like, memory_format=torch.channels_last)
 
 
@@ -140,11 +140,11 @@ def run(x: Tensor, packed: Packed, patch: Patch = None, first: int | None = None
         first: how many pixels of each image are wanted, row by row from its first one on, without a patch; None: all. Of the last block the others
             get keys and values, and nothing else.
         memory: of T tasks; x is then [B, C, 1, N + T], the last T tokens of an image those of the tasks. The others, where they are three or more,
-            are what they are without, to the bit. Blocks whose maps are mixed or whose queries have a norm do not take it, nor goes it with ``patch``
-            or ``first``.
+            are what they are without, to the bit, and so, where ``first`` is three or more, are these. Blocks whose maps are mixed or whose queries
+            have a norm do not take it, nor goes it with ``patch``.
 
     Returns:
-        [B, C, H, W], or [B, C, 1, first], in channels_last memory, of the dtype of ``x``.
+        [B, C, H, W], or [B, C, 1, first], with memory [B, C, 1, first + T], in channels_last memory, of the dtype of ``x``.
 
     Raises:
         RuntimeError: shapes or dtypes that do not go together.

@@ -64,7 +64,7 @@ class Block(NamedTuple):
 
 def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None, first: int | None = None, memory: Memory | None = None) -> Tensor:
     """[B, C, H, W] through the blocks, one after the other; with ``first`` the first so many pixels of that, [B, C, 1, first]. With ``memory``
-    [B, C, 1, N + T], the tokens of T tasks behind the model's.
+    [B, C, 1, N + T], the tokens of T tasks behind the model's, which stay behind the ``first`` of these.
     """
     for index, block in enumerate(blocks):
         qkv, attention = _pass(x, block.project_in), block.attention
@@ -76,7 +76,10 @@ def transformer_blocks(x: Tensor, blocks: Iterable[Block], patch: Patch = None, 
             attended = torch.cat([_attend(qkv[..., :tokens], attention, None), of_tasks], dim=-1)
         x = x + _pass(attended, block.project_out)
         x = x + _pass(x, block.mlp)
-    return x if first is None else x.flatten(2)[:, :, None, :first]
+    if first is None:
+        return x
+    pixels, tasks = x.flatten(2)[:, :, None], 0 if memory is None else len(memory.groups)
+    return torch.cat([pixels[..., :first], pixels[..., pixels.shape[-1] - tasks :]], dim=-1)
 
 
 def _pass(x: Tensor, one: Pass) -> Tensor:
