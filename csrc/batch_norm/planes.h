@@ -100,7 +100,7 @@ void backward_planes(const Backward& a) {
         const Vec<T> grad = times_slope<kActivation, T>(load_row(grad_y + at + i, left), affine(value));
         part[0] += grad;
         part[1] += grad * (value - mean);
-        if (kKeepsSlope<S, kActivation> && grad_x) store_row(grad_x + at + i, grad, left);
+        if (kKeepsSlope<kActivation> && grad_x) store_row(grad_x + at + i, grad, left);
       });
     });
     const double grads = sums[0], products = sums[1];
@@ -112,7 +112,7 @@ void backward_planes(const Backward& a) {
     for_runs<S>(a, c, [&](int64_t at, int64_t run) {
       for (int64_t i = 0; i < run; i += kLanes<T>) {
         const Vec<T> value = load_row(x + at + i, run - i);
-        const Vec<T> grad = kKeepsSlope<S, kActivation> ? load_row(grad_x + at + i, run - i) : times_slope<kActivation, T>(load_row(grad_y + at + i, run - i), affine(value));
+        const Vec<T> grad = kKeepsSlope<kActivation> ? load_row(grad_x + at + i, run - i) : times_slope<kActivation, T>(load_row(grad_y + at + i, run - i), affine(value));
         store_row(grad_x + at + i, (grad - of_grad - (value - mean) * of_x) * affine.scale, run - i);
       }
     });

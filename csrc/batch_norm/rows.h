@@ -149,7 +149,7 @@ void backward_rows(const Backward& a) {
       const Vec<T> x = load_row(static_cast<const S*>(a.x) + i * a.channels + c, a.channels - c), grad = grad_of(i * a.channels, c, x);
       add(0, grad);
       add(1, grad * (x - load(channels.mean + c)));
-      if (kKeepsSlope<S, kActivation> && a.grad_x) store_row(static_cast<S*>(a.grad_x) + i * a.channels + c, grad, a.channels - c);
+      if (kKeepsSlope<kActivation> && a.grad_x) store_row(static_cast<S*>(a.grad_x) + i * a.channels + c, grad, a.channels - c);
     });
   });
   Buffer<double> joined(2 * width);
@@ -174,7 +174,7 @@ void backward_rows(const Backward& a) {
       S* grad_x = static_cast<S*>(a.grad_x) + i * a.channels;
       for (int64_t c = 0; c < a.channels; c += kLanes<T>) {
         const Vec<T> x = load_row(static_cast<const S*>(a.x) + i * a.channels + c, a.channels - c);
-        const Vec<T> grad = kKeepsSlope<S, kActivation> ? load_row(grad_x + c, a.channels - c) : grad_of(i * a.channels, c, x);
+        const Vec<T> grad = kKeepsSlope<kActivation> ? load_row(grad_x + c, a.channels - c) : grad_of(i * a.channels, c, x);
         const Vec<T> rest = grad - load(through + c) - (x - load(channels.mean + c)) * load(through + width + c);
         store_row(grad_x + c, rest * load(channels.scale + c), a.channels - c);
       }

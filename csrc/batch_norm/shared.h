@@ -56,10 +56,10 @@ inline Vec<T> times_slope(Vec<T> grad, Vec<T> v) {
   return grad;
 }
 
-// Whether the backward's first pass leaves the gradient in front of the activation in grad_x for the second: of SiLU it is most of the arithmetic. In 16 bits
-// it would be rounded on the way.
-template <class S, Activation kActivation>
-constexpr bool kKeepsSlope = kActivation == Activation::kSilu && sizeof(S) > 2;
+// Whether the backward's first pass leaves the gradient in front of the activation in grad_x for the second: of SiLU it is most of the arithmetic. In 16 bits it
+// is rounded on the way, as PyTorch rounds it.
+template <Activation kActivation>
+constexpr bool kKeepsSlope = kActivation == Activation::kSilu;
 
 // y = (x - mean) scale + bias.
 template <class T, class V>

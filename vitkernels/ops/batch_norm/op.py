@@ -70,7 +70,7 @@ def batch_norm_act(
         if tensor.device != x.device:
             raise ValueError(f"{NAME}: {name} is on {tensor.device}; it must be on {x.device}, the device of x")
     if backends.select(NAME, x) == "reference":
-        return reference.batch_norm_act(x, weight.to(accumulation), bias.to(accumulation), activation=activation, eps=eps)
+        return reference.batch_norm_act(x, weight, bias, activation=activation, eps=eps)
     return normalised(x, weight, bias, activation, eps)
 
 

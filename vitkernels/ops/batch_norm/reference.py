@@ -14,7 +14,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu
 
 def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "none", eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1 of arXiv 1502.03167, then the activation; and the batch's mean and biased variance, without a gradient."""
-    y = ACTIVATIONS[activation](F.batch_norm(x, None, None, weight, bias, training=True, eps=eps))
-    values = x.detach().to(accumulation_dtype(x.dtype))
-    mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)
-    return y, mean, var
+    count, dtype = x.numel() // max(x.shape[1], 1), accumulation_dtype(x.dtype)
+    mean, var = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))  # as running statistics, overwritten by the batch's
+    y = F.batch_norm(x, mean, var, weight.to(dtype), bias.to(dtype), training=True, momentum=1.0, eps=eps)
+    return ACTIVATIONS[activation](y), mean, var * ((count - 1) / count)
