@@ -56,13 +56,14 @@ def package_version(name: str) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name."""
+    """The CPU's name and, where it tells them, family and model: virtual machines call every generation "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in reversed(lines)) if colon}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else name
 
 
 def device_name(device: str | torch.device) -> str:
