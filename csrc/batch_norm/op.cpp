@@ -2,6 +2,7 @@
 #include "batch_norm/op.h"
 
 #include "batch_norm/kernels.h"
+#include "common/pages.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -15,8 +16,10 @@ const batch_norm::Kernels& kernels() {
 // An empty map of this shape in one of the two memory formats.
 Tensor empty_map(const Tensor& like, bool channels_last) {
   const int64_t b = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
-  if (channels_last) return empty_strided({b, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type());
-  return empty_strided({b, c, h, w}, {c * h * w, h * w, w, 1}, like.scalar_type());
+  Tensor map = channels_last ? empty_strided({b, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type())
+                             : empty_strided({b, c, h, w}, {c * h * w, h * w, w, 1}, like.scalar_type());
+  prefer_huge_pages(map.data_ptr(), map.numel() * static_cast<int64_t>(map.element_size()));
+  return map;
 }
 
 // Whether a map that is not contiguous is so in channels_last; the stride of a dimension of one is nobody's.

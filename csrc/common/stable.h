@@ -11,7 +11,6 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/map.h"
-#include "common/pages.h"
 
 namespace vitkernels {
 
@@ -37,9 +36,7 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializ
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
+  return Tensor(handle);
 }
 
 // [B, H, N, width], in memory [B, N, H, width].
