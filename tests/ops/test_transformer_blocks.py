@@ -128,7 +128,7 @@ def test_the_first_tokens_alone(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("groups", [(4,), (3, 0, 7, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", ["tokens", "few tokens, shared out by outputs", "three tokens"])
 def test_tasks_beside_the_tokens(name: str, groups: tuple[int, ...], dtype: torch.dtype, first: int | None) -> None:
-    """The tokens of tasks, of which the model's know nothing: these are the same to the bit without them, also where the first three alone are made."""
+    """The tokens of tasks, of which the model's know nothing: these are the same to the bit without them, also where but the first three are made."""
     draw = Draw(dtype)
     channels, tokens, options = {
         "tokens": (40, 70, {"heads": 5, "dim": 8, "hidden": 50}),
@@ -220,5 +220,6 @@ def test_schema() -> None:
     x, blocks, _ = drawn("tokens", torch.float32)
     torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, 2, None, None, ()))
     memory = torch.randn(2, 7, 5, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
     for first in (0, 3):
-        torch.library.opcheck(_op, (x.contiguous(memory_format=torch.channels_last), *packed(blocks, torch.float32), 0, 0, first, memory, memory, (4, 3)))
+        torch.library.opcheck(_op, (x, *packed(blocks, torch.float32), 0, 0, first, memory, memory, (4, 3)))
