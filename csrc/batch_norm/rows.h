@@ -7,6 +7,8 @@ namespace vitkernels {
 namespace VITKERNELS_ISA {
 namespace {
 
+constexpr int64_t kLeastPixels = 64;  // of a block, however many channels: what is kept of it, 16 bytes a channel, is little beside it
+
 // The pixels of a map in blocks.
 template <class S>
 struct Blocks {
@@ -17,7 +19,7 @@ struct Blocks {
       : rows(a.batch * a.pixels),
         channels(a.channels),
         width(round_up(a.channels, kLanes<T>)),
-        block(max_of<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), 8)),
+        block(max_of<int64_t>(kBlockBytes / (width * static_cast<int64_t>(sizeof(T))), kLeastPixels)),
         count(ceil_div(rows, block)) {}
 
   Range range(int64_t i) const { return {i * block, min_of((i + 1) * block, rows)}; }
