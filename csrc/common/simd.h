@@ -262,7 +262,7 @@ inline V max_vec(V a, V b) {
 inline Vec<float> reciprocal_1_to_2(Vec<float> v) {
 #if defined(__AVX512F__)
   const Vec<float> r = _mm512_maskz_rcp14_ps(0xffff, v);
-  return r * (2.0f - v * r);
+  return r + r * (1.0f - v * r);  // in this form what is left of the error is small before it is rounded
 #else
   return 1.0f / v;
 #endif
