@@ -36,7 +36,6 @@ def normalised(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
     def spy(norm: nn.BatchNorm2d, activation: str, y: Tensor) -> Tensor:
         shapes.append(y.shape)
-        assert y.is_contiguous(memory_format=torch.channels_last)
         return run(norm, activation, y)
 
     monkeypatch.setattr(_live, "_normalised", spy)

@@ -274,11 +274,16 @@ def onednn(dtype: torch.dtype) -> bool:
 _SHORT = 128
 
 
+def long_sums(layer: Layer) -> bool:
+    """Whether it is a convolution of several pixels that sums many products."""
+    return not layer.pointwise and layer.depth > _SHORT
+
+
 def single(layer: Layer) -> Bottleneck | Dense | Convolution:
     """The pass of one convolution."""
     if layer.pointwise:
         return Bottleneck(layer)
-    return Dense(layer) if layer.depth > _SHORT and layer.dense else Convolution(layer)
+    return Dense(layer) if long_sums(layer) and layer.dense else Convolution(layer)
 
 
 def why_not_tensors(x: Tensor, tensors: Iterable[Tensor]) -> str | None:

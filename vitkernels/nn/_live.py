@@ -1,6 +1,7 @@
 """Convolutions with a live BatchNorm, in training on the CPU: the map in channels_last, norm and activation in one op.
 
 In channels_last a convolution is a matrix product over rows of pixels, which oneDNN runs faster than what it makes of NCHW, forward and backward.
+But it makes a sum of many products in one chain there, and rounds more than twice as much as in NCHW: a convolution of such sums stays in that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.nn import _checks, _conv_norm
-from vitkernels.nn._folded import Layer
+from vitkernels.nn._folded import Layer, long_sums
 from vitkernels.ops.batch_norm import op
 
 
@@ -37,15 +38,15 @@ def why_not_now(layers: Sequence[Layer], x: Tensor) -> str | None:
 
 
 def run(layers: Sequence[Layer], x: Tensor) -> Tensor | None:
-    """The layers' output for a map [B, C, H, W], in channels_last; their running statistics are updated as their own forward would.
+    """The layers' output for a map [B, C, H, W], in the memory format of the last; their running statistics are updated as their own forward would.
 
     None, and nothing done, where a norm would refuse its input.
     """
     if x.shape[0] * x.shape[2] * x.shape[3] <= 1:
         return None
-    y = x.contiguous(memory_format=torch.channels_last)
+    y = x
     for layer in layers:
-        y = layer.module(y)
+        y = layer.module(y.contiguous(memory_format=torch.contiguous_format if long_sums(layer) else torch.channels_last))
         if layer.norm is not None:
             y = _normalised(layer.norm, layer.activation, y)
     return y
