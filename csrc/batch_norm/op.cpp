@@ -13,29 +13,20 @@ const batch_norm::Kernels& kernels() {
   return table;
 }
 
-// An empty map of this shape in one of the two memory formats.
-Tensor empty_map(const Tensor& like, bool channels_last) {
-  const int64_t b = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
-  Tensor map = channels_last ? empty_strided({b, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type())
-                             : empty_strided({b, c, h, w}, {c * h * w, h * w, w, 1}, like.scalar_type());
+// Whether the map is read as channels_last: where it lies so and, in a dimension of one, not both ways.
+bool by_pixels(const Tensor& map) { return channels_last(map) && !map.is_contiguous(); }
+
+// An empty map of this shape, for results of training.
+Tensor empty_result(const Tensor& like, bool by_pixels) {
+  Tensor map = empty_map(like.size(0), like.size(1), like.size(2), like.size(3), by_pixels, like.scalar_type());
   prefer_huge_pages(map.data_ptr(), map.numel() * static_cast<int64_t>(map.element_size()));
   return map;
 }
 
-// Whether a map that is not contiguous is so in channels_last; the stride of a dimension of one is nobody's.
-bool in_channels_last(const Tensor& map) {
-  int64_t expected = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (map.size(dim) != 1 && map.stride(dim) != expected) return false;
-    expected *= map.size(dim);
-  }
-  return !map.is_contiguous();
-}
-
-// The map in this format, copied where it is in none.
-Tensor arranged(const Tensor& map, bool channels_last) {
-  if (channels_last ? in_channels_last(map) : map.is_contiguous()) return map;
-  Tensor copy = empty_map(map, channels_last);
+// The map in this memory format, copied where it is in another.
+Tensor arranged(const Tensor& map, bool by_pixels) {
+  if (by_pixels ? channels_last(map) : map.is_contiguous()) return map;
+  Tensor copy = empty_result(map, by_pixels);
   torch::stable::copy_(copy, map);
   return copy;
 }
@@ -63,11 +54,11 @@ void check_channels(const Tensor& x, std::initializer_list<const Tensor*> vector
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, int64_t activation) {
   check_channels(x, {&weight, &bias});
-  const bool channels_last = in_channels_last(x);
+  const bool channels_last = by_pixels(x);
   const Tensor map = arranged(x, channels_last);
   batch_norm::Forward a{};
   fill(a, x, channels_last, weight, bias, eps, activation);
-  Tensor y = empty_map(x, channels_last);
+  Tensor y = empty_result(x, channels_last);
   Tensor mean = empty_strided({a.channels}, {1}, accumulation_type(x)), var = empty_strided({a.channels}, {1}, accumulation_type(x));
   a.x = map.data_ptr(), a.y = y.data_ptr(), a.mean = mean.data_ptr(), a.var = var.data_ptr();
   kernels().forward(a);
@@ -80,11 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
   check_channels(x, {&weight, &bias, &mean, &var});
   check_same(grad_y, x, "grad_y");
   STD_TORCH_CHECK(grad_y.dim() == 4 && grad_y.numel() == x.numel(), "vitkernels::batch_norm_act_backward: grad_y must have the shape of x");
-  const bool channels_last = in_channels_last(x);
+  const bool channels_last = by_pixels(x);
   const Tensor map = arranged(x, channels_last), grad = arranged(grad_y, channels_last);
   batch_norm::Backward a{};
   fill(a, x, channels_last, weight, bias, eps, activation);
-  Tensor grad_x = need_x ? empty_map(x, channels_last) : empty_strided({0}, {1}, x.scalar_type());
+  Tensor grad_x = need_x ? empty_result(x, channels_last) : empty_strided({0}, {1}, x.scalar_type());
   Tensor grad_weight = empty_strided({a.channels}, {1}, accumulation_type(x)), grad_bias = empty_strided({a.channels}, {1}, accumulation_type(x));
   a.x = map.data_ptr(), a.grad_y = grad.data_ptr(), a.mean = mean.data_ptr(), a.var = var.data_ptr();
   a.grad_x = need_x ? grad_x.data_ptr() : nullptr;

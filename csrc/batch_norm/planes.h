@@ -17,13 +17,6 @@ inline void for_runs(const Norm& a, int64_t channel, const Body& body) {
   }
 }
 
-// The first n lanes; the others are zero.
-template <class T>
-inline Vec<T> first_lanes(Vec<T> v, int64_t n) {
-  static constexpr IndexVec<T> lane = make_index<T>([](int i) { return i; });
-  return n >= kLanes<T> ? v : (lane < static_cast<std::remove_cvref_t<decltype(lane[0])>>(n) ? v : Vec<T>{});
-}
-
 // The moments of a channel, joined run by run: the deviations of each run are from its own mean, so nothing cancels, however far from 0 the values are.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
@@ -59,7 +52,7 @@ void run_moments(const S* x, int64_t count, Moments& all) {
   const double exact = sum[0] / static_cast<double>(count);
   const T mean = static_cast<T>(exact);
   sum_run<T>(count, squares, [&](int64_t i, int64_t left, auto& part) {
-    const Vec<T> apart = first_lanes<T>(load_row(x + i, left) - mean, left);
+    const Vec<T> apart = first_lanes<T>(load_row(x + i, left) - mean, left, T(0));
     part[0] += apart * apart;
   });
   all.join(static_cast<double>(count), exact, squares[0]);

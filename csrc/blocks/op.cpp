@@ -290,7 +290,7 @@ Tensor transformer_blocks(
     const Tensor& x, const Tensor& matrices, const Tensor& vectors, const Tensor& numbers, std::vector<int64_t> program, int64_t patch_height, int64_t patch_width,
     int64_t first, const std::optional<Tensor>& memory_k, const std::optional<Tensor>& memory_v, std::vector<int64_t> groups) {
   STD_TORCH_CHECK(
-      x.dim() == 4 && x.size(1) > 0 && bottleneck::channels_last(x), "vitkernels::transformer_blocks: x must be [B, C, H, W] in channels_last memory, with channels");
+      x.dim() == 4 && x.size(1) > 0 && channels_last(x), "vitkernels::transformer_blocks: x must be [B, C, H, W] in channels_last memory, with channels");
   STD_TORCH_CHECK(
       vectors.scalar_type() == accumulation_type(x) && (matrices.scalar_type() == accumulation_type(x) || matrices.scalar_type() == ScalarType::BFloat16) &&
           numbers.scalar_type() == ScalarType::Double,
@@ -310,7 +310,7 @@ Tensor transformer_blocks(
   const Bytes bytes{bottleneck::bytes_of(dtype_of(x)), bottleneck::bytes_of(dtype_of(matrices)), bottleneck::bytes_of(dtype_of(vectors))};
   const Dtype dtype = dtype_of(x);
   const int64_t columns = wanted.width + memory.tasks();
-  Tensor y = empty_strided({batch, channels, wanted.height, columns}, {wanted.height * columns * channels, 1, columns * channels, channels}, x.scalar_type());
+  Tensor y = empty_map(batch, channels, wanted.height, columns, true, x.scalar_type());
   int64_t most = 0, most_hidden = 0;
   for (const Block& b : blocks) {
     STD_TORCH_CHECK(b.in.pairs == b.out.pairs && b.in.pairs == b.mlp.pairs && (b.in.pairs || matrices.scalar_type() == accumulation_type(x)),

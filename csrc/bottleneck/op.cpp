@@ -13,14 +13,6 @@ const Kernels& kernels() {
   return table;
 }
 
-bool channels_last(const Tensor& t) {
-  const int64_t dense[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
-  for (int64_t d = 0; d < 4; ++d) {
-    if (t.size(d) != 1 && t.stride(d) != dense[d]) return false;
-  }
-  return true;
-}
-
 const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name) {
   const int64_t panels = padded(channels) / kPanel;
   STD_TORCH_CHECK(
@@ -66,7 +58,7 @@ static void run(const Bottleneck& a) {
 
 }  // namespace bottleneck
 
-using bottleneck::channels_last, bottleneck::checked_norm, bottleneck::checked_panels;
+using bottleneck::checked_norm, bottleneck::checked_panels;
 
 Tensor inverted_bottleneck(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& expand_weight,
@@ -120,8 +112,7 @@ Tensor inverted_bottleneck(
         "vitkernels::inverted_bottleneck: residual must have the shape of the result, in channels_last memory");
     a.residual = residual->data_ptr();
   }
-  Tensor y = empty_strided(
-      {a.batch, a.out, a.out_height, a.out_width}, {a.out_height * a.out_width * a.out, 1, a.out_width * a.out, a.out}, x.scalar_type());
+  Tensor y = empty_map(a.batch, a.out, a.out_height, a.out_width, true, x.scalar_type());
   a.y = y.data_ptr();
   bottleneck::run(a);
   return y;

@@ -12,9 +12,6 @@ namespace bottleneck {
 // The table of this CPU.
 const Kernels& kernels();
 
-// Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
-bool channels_last(const Tensor& t);
-
 // The data of panels [panels][depth][kPanel] of `weights` for so many output channels, which come with their bias of `type`.
 const void* checked_panels(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t channels, ScalarType weights, ScalarType type, const char* name);
 

@@ -138,9 +138,7 @@ Tensor layer_chain(const Tensor& x, const Tensor& matrices, const Tensor& vector
   const std::vector<Layer>& layers = reader.layers();
   const int64_t batch = x.size(0), channels = layers.back().out_channels, height = layers.back().out_height, width = layers.back().out_width;
   const bool channels_last = x.stride(1) == 1 && !x.is_contiguous();
-  const int64_t pixels = height * width;
-  Tensor y = channels_last ? empty_strided({batch, channels, height, width}, {pixels * channels, 1, width * channels, channels}, x.scalar_type())
-                           : empty_strided({batch, channels, height, width}, {pixels * channels, pixels, width, 1}, x.scalar_type());
+  Tensor y = empty_map(batch, channels, height, width, channels_last, x.scalar_type());
   kernels().run({dtype_of(x), batch, map_of(x), map_of(y), matrices.data_ptr(), vectors.data_ptr(), pairs, layers.data(), static_cast<int64_t>(layers.size())});
   return y;
 }

@@ -5,6 +5,7 @@
 
 #include "common/gemm.h"
 #include "common/map.h"
+#include "common/rows.h"
 #include "common/tile.h"
 
 namespace vitkernels {
@@ -143,14 +144,6 @@ inline HeadRows head_rows(const Storage<T>& io, const Map& map, int64_t sample, 
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-// The first `left` lanes of v, `other` in the rest.
-template <class T>
-inline Vec<T> first_lanes(Vec<T> v, int64_t left, T other) {
-  constexpr IndexVec<T> lane = make_index<T>([](int i) { return i; });
-  using Index = std::remove_cvref_t<decltype(lane[0])>;
-  return lane < static_cast<Index>(left) ? v : broadcast(other);
-}
 
 template <class T>
 inline T dot_rows(const T* a, const T* b, int64_t row) {

@@ -18,6 +18,14 @@ inline void store_row(S* p, Vec<Arith<S>> v, int64_t left) {
   left >= kLanes<Arith<S>> ? store(p, v) : store_partial(p, v, left);
 }
 
+// The first `left` lanes of v, `other` in the rest.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t left, T other) {
+  constexpr IndexVec<T> lane = make_index<T>([](int i) { return i; });
+  using Index = std::remove_cvref_t<decltype(lane[0])>;
+  return lane < static_cast<Index>(left) ? v : broadcast(other);
+}
+
 }  // namespace
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels

@@ -39,6 +39,22 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializ
   return Tensor(handle);
 }
 
+// A CPU tensor [B, C, H, W], uninitialised, in channels_last memory, [B, H, W, C], or contiguous.
+inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width, bool channels_last, ScalarType dtype) {
+  const int64_t pixels = height * width;
+  if (channels_last) return empty_strided({batch, channels, height, width}, {pixels * channels, 1, width * channels, channels}, dtype);
+  return empty_strided({batch, channels, height, width}, {channels * pixels, pixels, width, 1}, dtype);
+}
+
+// Whether a [B, C, H, W] tensor lies in memory as [B, H, W, C]; the stride of a dimension of size 1 says nothing.
+inline bool channels_last(const Tensor& t) {
+  const int64_t dense[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+  for (int64_t d = 0; d < 4; ++d) {
+    if (t.size(d) != 1 && t.stride(d) != dense[d]) return false;
+  }
+  return true;
+}
+
 // [B, H, N, width], in memory [B, N, H, width].
 inline Tensor token_major(const Tensor& like, int64_t width) {
   // As a contiguous [B, N, H, width] has them, where a dimension of 0 counts as 1.

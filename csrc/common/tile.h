@@ -15,6 +15,13 @@ inline void parallel(int64_t n, const Body& body) {
   parallel_for(n, [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, const_cast<Body*>(&body));
 }
 
+// The same where it is worth a second thread; else on this one alone.
+template <class Body>
+inline void parallel_if(bool worth, int64_t n, const Body& body) {
+  if (worth) return parallel(n, body);
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
 // Contiguous share `part` of `parts` of the range [0, n).
 struct Range {
   int64_t begin, end;

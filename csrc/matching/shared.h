@@ -17,11 +17,7 @@ constexpr int64_t kSerialLogits = 1 << 15;  // below, a second thread costs more
 // body(i) for i in [0, tasks), on this thread alone where there are few logits.
 template <class Body>
 void for_tasks(const Detection& a, int64_t tasks, const Body& body) {
-  if (a.layers * a.images * a.queries * a.classes < kSerialLogits) {
-    for (int64_t i = 0; i < tasks; ++i) body(i);
-  } else {
-    parallel(tasks, body);
-  }
+  parallel_if(a.layers * a.images * a.queries * a.classes >= kSerialLogits, tasks, body);
 }
 
 template <class S>

@@ -25,7 +25,7 @@ Tensor patch_embedding(
   a.norm_weight = checked_norm(norm_weight, a.in, type), a.norm_bias = checked_norm(norm_bias, a.in, type);
   a.pairs = bottleneck::pairs_of(x, weight, a.in, a.hidden);
   a.project_weight = checked_panels(weight, bias, a.in, a.out, a.pairs ? ScalarType::BFloat16 : type, type, "weight"), a.project_bias = bias.data_ptr();
-  Tensor y = empty_strided({a.batch, a.out, a.height, a.width}, {a.height * a.width * a.out, 1, a.width * a.out, a.out}, x.scalar_type());
+  Tensor y = empty_map(a.batch, a.out, a.height, a.width, true, x.scalar_type());
   a.y = y.data_ptr();
   bottleneck::kernels().forward(a);
   return y;

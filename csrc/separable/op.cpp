@@ -152,7 +152,7 @@ Tensor separable_layer(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& query_weight, const Tensor& query_bias,
     const Tensor& key_weight, const Tensor& key_bias, const Tensor& value_weight, const Tensor& value_bias, const Tensor& out_weight, const Tensor& out_bias,
     double eps, int64_t patch_h, int64_t patch_w) {
-  STD_TORCH_CHECK(x.dim() == 4 && bottleneck::channels_last(x), "vitkernels::separable_layer: x must be [B, d, H, W] in channels_last memory");
+  STD_TORCH_CHECK(x.dim() == 4 && channels_last(x), "vitkernels::separable_layer: x must be [B, d, H, W] in channels_last memory");
   const int64_t batch = x.size(0), dim = x.size(1), height = x.size(2), width = x.size(3);
   STD_TORCH_CHECK(
       patch_h > 0 && patch_w > 0 && height % patch_h == 0 && width % patch_w == 0, "vitkernels::separable_layer: the patch size must divide the map");
@@ -177,7 +177,7 @@ Tensor separable_layer(
   panels(value_weight, value_bias, weights, "value_weight", a.expand_weight, a.expand_bias);
   panels(out_weight, out_bias, weights, "out_weight", a.project_weight, a.project_bias);
   a.activation = bottleneck::Activation::kRelu;
-  Tensor y = empty_strided({batch, dim, height, width}, {height * width * dim, 1, width * dim, dim}, x.scalar_type());
+  Tensor y = empty_map(batch, dim, height, width, true, x.scalar_type());
   a.x = a.residual = x.data_ptr(), a.y = y.data_ptr();
   if (x.numel() != 0) kernels().layer_forward(a);
   return y;

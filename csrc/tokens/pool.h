@@ -14,13 +14,7 @@ template <class T, class Body>
 void for_sequences(const Pool& a, const Body& body) {
   const int64_t threads = workers(a.rows * a.dim), vectors = ceil_div(a.dim, kLanes<T>);
   const int64_t parts = threads == 1 ? 1 : min_of(vectors, ceil_div(4 * threads, a.sequences + 1));
-  const auto task = [&](int64_t i) { body(i / parts, channels<T>(a.dim, i % parts, parts)); };
-  const int64_t tasks = (a.sequences + 1) * parts;
-  if (threads == 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-  } else {
-    parallel(tasks, task);
-  }
+  parallel_if(threads > 1, (a.sequences + 1) * parts, [&](int64_t i) { body(i / parts, channels<T>(a.dim, i % parts, parts)); });
 }
 
 // sums += a row. One row at a time, though the sums are loaded and stored each time: they are in the first cache, and memory likes to be
