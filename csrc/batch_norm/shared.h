@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "batch_norm/kernels.h"
+#include "common/activation.h"
 #include "common/rows.h"
 #include "common/tile.h"
 
@@ -18,40 +19,26 @@ constexpr int64_t kSerialElements = 1 << 14;  // below, a second thread costs mo
 constexpr int64_t kBlockBytes = 1 << 15;      // of values whose moments are found apart, in the first cache
 constexpr int64_t kSumLength = 16;            // terms that are summed in their own type; these sums are summed in float64
 
-inline int64_t workers(int64_t elements) { return elements < kSerialElements ? 1 : num_threads(); }
-
+// body(i) for i in [0, tasks), of a map of so many elements.
 template <class Body>
 inline void shared_out(int64_t tasks, int64_t elements, const Body& body) {
-  if (workers(elements) > 1) return parallel(tasks, body);
-  for (int64_t i = 0; i < tasks; ++i) body(i);
+  parallel_if(elements >= kSerialElements, tasks, body);
 }
-
-// The sigmoid of v and of -v, the larger one and the smaller one: e^-|v| gives both without cancellation.
-template <class T>
-struct Sigmoids {
-  Vec<T> of, opposite;
-
-  explicit Sigmoids(Vec<T> v) {
-    const Vec<T> e = exp_nonpositive(v < 0 ? v : -v), larger = reciprocal_1_to_2(e + T(1)), smaller = e * larger;
-    of = v < 0 ? smaller : larger;
-    opposite = v < 0 ? larger : smaller;
-  }
-};
 
 template <Activation kActivation, class T>
 inline Vec<T> activate(Vec<T> v) {
   if constexpr (kActivation == Activation::kRelu) return relu(v);
-  if constexpr (kActivation == Activation::kSilu) return v * Sigmoids<T>(v).of;
+  if constexpr (kActivation == Activation::kSilu) return silu<T>(v);
   return v;
 }
 
-// grad times the slope of the activation at v. Of SiLU: s + v s (1 - s), s the sigmoid.
+// grad times the slope of the activation at v. Of SiLU: s (1 + v (1 - s)), s the sigmoid of v; e^-|v| gives s and 1 - s without cancellation.
 template <Activation kActivation, class T>
 inline Vec<T> times_slope(Vec<T> grad, Vec<T> v) {
   if constexpr (kActivation == Activation::kRelu) return v <= 0 ? Vec<T>{} : grad;  // of NaN the gradient, as in PyTorch
   if constexpr (kActivation == Activation::kSilu) {
-    const Sigmoids<T> s(v);
-    return grad * (s.of * (v * s.opposite + T(1)));
+    const Vec<T> e = exp_nonpositive(v < 0 ? v : -v), larger = T(1) / (e + T(1)), smaller = e * larger;
+    return grad * ((v < 0 ? smaller : larger) * (v * (v < 0 ? larger : smaller) + T(1)));
   }
   return grad;
 }

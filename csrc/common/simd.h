@@ -258,17 +258,6 @@ inline V max_vec(V a, V b) {
   return a > b ? a : b;
 }
 
-// 1 / v for v from 1 to 2, within 1 ulp: a quarter of the time of a division.
-inline Vec<float> reciprocal_1_to_2(Vec<float> v) {
-#if defined(__AVX512F__)
-  const Vec<float> r = _mm512_maskz_rcp14_ps(0xffff, v);
-  return r + r * (1.0f - v * r);  // in this form what is left of the error is small before it is rounded
-#else
-  return 1.0f / v;
-#endif
-}
-inline Vec<double> reciprocal_1_to_2(Vec<double> v) { return 1.0 / v; }
-
 // max(v, 0) that keeps a NaN, as torch.relu does.
 template <class V>
 inline V relu(V v) { return v < V{} ? V{} : v; }
