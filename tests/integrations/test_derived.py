@@ -157,6 +157,23 @@ def test_every_write_makes_new_values(watched: Watched, change: str) -> None:
     assert watched.now() == (1, 2)
 
 
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_what_waited_below_is_seen_to_be_gone(watched: Watched, what: str) -> None:
+    """A plan that was made while it was there says so, and is not kept."""
+    layer = watched.model[1]
+    if what == "hook":
+        remove = layer.register_forward_hook(_hook).remove
+    else:
+        layer.forward = layer.forward
+
+        def remove() -> None:
+            del layer.forward
+
+    assert watched.now() == (2, 2)
+    remove()
+    assert watched.now() == (3, 3) and watched.now() == (3, 3)
+
+
 def test_tensors_without_versions_are_never_trusted(watched: Watched) -> None:
     with torch.inference_mode():
         watched.model[4][0].shift = torch.zeros(3)

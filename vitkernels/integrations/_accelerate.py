@@ -147,9 +147,8 @@ def accelerate(
     ``VisionTransformer``, vit_pytorch's ``ViT`` and ``DeepViT``, transformers' ViT and DeiT for image classification); and of patch embeddings (a
     ``Conv2d`` whose stride is its kernel, from 7 pixels on; vit_pytorch's ``Sequential``).
 
-    In training on the CPU, under autocast too, MobileViT's and MobileViTv2's convolutions run in channels_last (those of long sums
-    excepted), and each live norm with the
-    activation behind it is one op, which updates the running statistics as the norm would; frozen norms run the original code.
+    In training on the CPU, under autocast too, MobileViT's and MobileViTv2's convolutions run in channels_last (those of long sums excepted), and
+    each live norm with the activation behind it is one op, which updates the running statistics as the norm would; frozen norms run the original.
 
     A NaViT-like model (vit_pytorch's two NaViTs, timm's NaFlexVit, transformers' Siglip2 vision model) is replaced as a whole, with its attention
     layers: it packs the tokens of all images without padding and builds no mask. What it does not have in common with the original stands in the

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.integrations._fused import Fused, fell_back, original_name
-from vitkernels.integrations.folded import CONV_LAYERS, Folded, Plan, Run, conv_layer, conv_sequence, here, hooked_inside, no_change, plan_of
-from vitkernels.nn import _checks, _live
+from vitkernels.integrations.folded import CONV_LAYERS, Folded, Plan, Run, conv_layer, conv_sequence, hooked_inside, no_change, plan_of
+from vitkernels.nn import _live
 from vitkernels.nn._derived import Derived
 from vitkernels.nn._folded import Layer, UnfitError, bottleneck, single
 from vitkernels.ops.batch_norm.op import NAME
@@ -51,23 +51,11 @@ class Convolutions(Folded):
 
         return Plan(bind)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The original's arguments and result."""
-        y = self._vk_trained(args[0]) if self.training and len(args) == 1 and not kwargs else None
-        return super().forward(*args, **kwargs) if y is None else y
-
-    def _vk_trained(self, x: Any) -> Tensor | None:
-        """The forward in training, or None where this call is not for it."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.dim() not in self._vk_dims or not here(x):
-            return None
+    def _vk_trained(self, x: Tensor) -> Tensor | None:
         layers = _trained.entry(self).plan
-        if isinstance(layers, str):
-            if layers.endswith(_checks.HOOKED):
-                _trained.drop(self)  # nothing that is compared tells that the hook is gone
-            fell_back(self, layers)
-            return None
-        if (reason := _live.why_not_now(layers, x)) is not None:
-            fell_back(self, reason)
+        reason = layers if isinstance(layers, str) else _live.why_not_now(layers, x)
+        if isinstance(layers, str) or reason is not None:
+            fell_back(self, str(reason))
             return None
         return _live.run(layers, x)
 

@@ -56,13 +56,17 @@ class Evaluated(Fused):
         """A call cannot run folded, for a reason that is worth reporting."""
         fell_back(self, reason)
 
+    def _vk_trained(self, x: Tensor) -> Tensor | None:
+        """The forward in training, or None for the original's."""
+        return None
+
     def _vk_folded(self, x: Any, *more: Any) -> Tensor | None:
-        """The folded forward, given ``more`` of what a plan of this class takes, or None where this call is not for it."""
+        """The folded forward, given ``more`` of what a plan of this class takes, or that in training, or None where this call is not for it."""
         if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or not here(x) or x.dim() not in self._vk_dims:
             return None
         if self.training:
             _plans.forget(self)
-            return None
+            return self._vk_trained(x)
         entry = _plans.entry(self)
         plan = entry.plan
         if gradient_wanted((x,), entry.snapshot.tensors):
@@ -73,8 +77,6 @@ class Evaluated(Fused):
         reason = _checks.why_not_tensor(x)
         if isinstance(plan, str):
             reason = reason or plan
-            if plan.endswith(_checks.HOOKED):
-                _plans.drop(self)  # nothing that is compared tells that the hook is gone
         elif reason is None:
             bind = plan.bind
             bound = entry.value(x.dtype, lambda: _folded.why_not_tensors(x, entry.snapshot.tensors) or bind(x.dtype))

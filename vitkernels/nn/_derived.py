@@ -176,7 +176,11 @@ class Derived(Generic[Plan, Value]):
         entry = self._entries.get(module)
         settings = self._settings(module)
         if entry is None or entry.settings != settings or not entry.snapshot.holds():
-            entry = self._entries[module] = _Entry(module, self._plan(module), settings, self._below)
+            entry = _Entry(module, self._plan(module), settings, self._below)
+            if entry.snapshot.holds():
+                self._entries[module] = entry
+            else:  # a hook waits below, and nothing that is compared would tell when it is gone
+                self.drop(module)
         return entry
 
     def forget(self, module: nn.Module) -> None:

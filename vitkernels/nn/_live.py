@@ -24,7 +24,7 @@ def why_not(layers: Sequence[Layer]) -> str | None:
             return f"its activation is {layer.activation}"
         if norm is None and layer.activation != "none":
             return "it has an activation and no norm"
-        if norm is not None and (norm.num_batches_tracked is None or not isinstance(layer.module, nn.Conv2d)):
+        if norm is not None and norm.num_batches_tracked is None:
             return "its norm counts no batches"
     return None
 

@@ -71,12 +71,6 @@ def batch_norm_act(
             raise ValueError(f"{NAME}: {name} is on {tensor.device}; it must be on {x.device}, the device of x")
     if backends.select(NAME, x) == "reference":
         return reference.batch_norm_act(x, weight, bias, activation=activation, eps=eps)
-    return normalised(x, weight, bias, activation, eps)
-
-
-def normalised(x: Tensor, weight: Tensor, bias: Tensor, activation: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`batch_norm_act` by the kernels, without its checks: what a model calls that has made them."""
-    accumulation = _define.accumulation_dtype(x.dtype)
     weight, bias = weight.to(accumulation).contiguous(), bias.to(accumulation).contiguous()
     arguments = (x, weight, bias, eps, ACTIVATIONS.index(activation))
     y, mean, var = _define.call(torch.ops.vitkernels.batch_norm_act.default, _define.differentiable(x, weight, bias), *arguments)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels.ops._define import accumulation_dtype
+from vitkernels.ops.bottleneck import reference as bottleneck
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {name: bottleneck.ACTIVATIONS[name] for name in ("none", "relu", "silu")}
 
 
 def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "none", eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
