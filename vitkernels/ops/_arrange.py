@@ -1,4 +1,4 @@
-"""The sizes and strides that contract samples of attention take: what several families' ``spec.py`` share."""
+"""The sizes and strides that contract samples take: what several families' ``spec.py`` share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ def long_in(dtype: torch.dtype, device: str) -> bool:
     return dtype in (torch.float32, torch.bfloat16) or device != "cpu"
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    """One tensor, as the next four."""
+    return x
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """No dimension of stride 1, NaN between the values."""
+    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+
+
+def part_of_wider_rows(x: Tensor) -> Tensor:
+    """At an offset that no vector is aligned to, NaN in front of each row."""
+    return torch.cat((torch.full_like(x[..., :1], torch.nan), x), dim=-1)[..., 1:]
+
+
+def first_for_all(x: Tensor) -> Tensor:
+    """The first entry of the first dimension, whose memory all share."""
+    return x[:1].expand(x.shape)
+
+
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As they are."""
     return tensors
@@ -22,7 +42,7 @@ def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def strided(*tensors: Tensor) -> tuple[Tensor, ...]:
     """No dimension of stride 1, NaN between the values."""
-    return tuple(torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0] for t in tensors)
+    return tuple(map(with_gaps, tensors))
 
 
 def of_one_projection(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -10,32 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels.ops._arrange import as_it_is, first_for_all, part_of_wider_rows, with_gaps
 from vitkernels.ops.batch_norm import op, reference
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
 Shape = tuple[int, int, int, int]
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _strided(x: Tensor) -> Tensor:
-    """No dimension of stride 1, NaN between the values."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-
-
-def _part_of_wider_rows(x: Tensor) -> Tensor:
-    """A part of a map, at an offset that no vector is aligned to."""
-    return torch.cat((torch.full_like(x[..., :1], torch.nan), x), dim=-1)[..., 1:]
-
-
-def _one_image(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
+def _format(arrange: Callable[[Tensor], Tensor]) -> str:
+    return "channels_last" if arrange is _channels_last else "contiguous"
 
 
 def _sample(
@@ -46,7 +33,7 @@ def _sample(
     dtype: torch.dtype,
     device: str = "cpu",
     grad: bool = False,
-    arrange: Callable[[Tensor], Tensor] = _contiguous,
+    arrange: Callable[[Tensor], Tensor] = as_it_is,
     mean: float = 0.3,
     deviation: float = 1.0,
     wide: bool = False,
@@ -70,8 +57,8 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
     yield make("3x20x7x6", (3, 20, 7, 6))
     yield make("2x5x3x4, tiny", (2, 5, 3, 4))
     for activation in op.ACTIVATIONS:
-        for arrange in (_contiguous, _channels_last):
-            kind = f"{activation}{arrange.__name__}"
+        for arrange in (as_it_is, _channels_last):
+            kind = f"{activation}_{_format(arrange)}"
             yield make(f"4x33x9x5 {kind}", (4, 33, 9, 5), activation, arrange=arrange)
             yield make(f"2x64x14x14 {kind}", (2, 64, 14, 14), activation, arrange=arrange)
     for channels in (1, 2, 7, 16, 17, 48, 100):
@@ -85,9 +72,9 @@ def _samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False, sma
     yield make("far from 0", (4, 24, 8, 8), "none", mean=30.0)
     yield make("far from 0, channels last", (4, 24, 8, 8), "none", mean=30.0, arrange=_channels_last)
     yield make("near 0", (4, 24, 8, 8), deviation=1e-3, mean=0.0, arrange=_channels_last)
-    yield make("strided", (3, 20, 6, 7), arrange=_strided)
-    yield make("part of wider rows", (3, 20, 6, 7), arrange=_part_of_wider_rows)
-    yield make("images share memory", (3, 20, 6, 7), arrange=_one_image)
+    yield make("strided", (3, 20, 6, 7), arrange=with_gaps)
+    yield make("part of wider rows", (3, 20, 6, 7), arrange=part_of_wider_rows)
+    yield make("images share memory", (3, 20, 6, 7), arrange=first_for_all)
     if dtype in (torch.bfloat16, torch.float16):
         yield make("parameters in float32", (3, 20, 7, 6), wide=True, arrange=_channels_last)
     if not small:
@@ -135,8 +122,7 @@ def _case(shape: Shape, activation: str, arrange: Callable[[Tensor], Tensor]) ->
     def make(dtype: torch.dtype, device: str) -> Sample:
         return _sample("bench", shape, activation, dtype=dtype, device=device, arrange=arrange, wide=dtype is not torch.float64)
 
-    kind = "channels_last" if arrange is _channels_last else "contiguous"
-    name = f"B{shape[0]} {shape[1]}x{shape[2]}x{shape[3]} {activation} {kind}"
+    name = f"B{shape[0]} {shape[1]}x{shape[2]}x{shape[3]} {activation} {_format(arrange)}"
     return BenchCase(name=name, make=make, flops=0, elements_moved=3 * torch.Size(shape).numel())
 
 
@@ -154,8 +140,8 @@ SPECS = (
             _case((8, 64, 128, 128), "silu", _channels_last),
             _case((8, 256, 32, 32), "silu", _channels_last),
             _case((8, 512, 8, 8), "silu", _channels_last),
-            _case((8, 64, 128, 128), "silu", _contiguous),
-            _case((16, 64, 14, 14), "relu", _contiguous),
+            _case((8, 64, 128, 128), "silu", as_it_is),
+            _case((16, 64, 14, 14), "relu", as_it_is),
         ),
         saved_bytes=_saved,
         peers={"in place": _in_place},

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels.ops._arrange import with_gaps
 from vitkernels.ops.cascaded_group import op, reference
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
@@ -108,7 +109,7 @@ def _arranged(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.transpose(2, 3).contiguous().transpose(2, 3)
     if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+        return with_gaps(x)
     return x[:1].expand(3, *x.shape[1:])
 
 

@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
+from vitkernels.ops._arrange import as_it_is, first_for_all, with_gaps
 from vitkernels.ops.matching import op, reference
 from vitkernels.ops.matching.assignment import linear_sum_assignment
 from vitkernels.ops.matching.layout import TargetLayout
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x
 
 
 def _queries_first(x: Tensor) -> Tensor:
@@ -29,15 +26,6 @@ def _queries_first(x: Tensor) -> Tensor:
 def _classes_first(x: Tensor) -> Tensor:
     """[..., C, Q] in memory."""
     return x.transpose(-2, -1).contiguous().transpose(-2, -1)
-
-
-def _strided(x: Tensor) -> Tensor:
-    """No dimension of stride 1, NaN between the values."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-
-
-def _one_layer(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
 
 
 _Drawn = tuple[Tensor, Tensor, Tensor, Tensor, TargetLayout]
@@ -55,7 +43,7 @@ def _draw(
     classes: int = 12,
     scale: float = 1.0,
     grid: int | None = None,
-    arrange: Callable[[Tensor], Tensor] = _contiguous,
+    arrange: Callable[[Tensor], Tensor] = as_it_is,
 ) -> _Drawn:
     """Predictions and targets of images with so many targets. ``grid``: boxes are multiples of 1 / grid, so that edges meet."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -87,8 +75,8 @@ def _shapes(small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "queries first", {"queries": 7, "sizes": _MIX, "arrange": _queries_first}
     yield "no target", {"queries": 5, "sizes": (0, 0)}
     yield "classes first", {"queries": 7, "sizes": _MIX, "arrange": _classes_first}
-    yield "strided", {"queries": 6, "sizes": (2, 3), "arrange": _strided}
-    yield "same in all layers", {"queries": 6, "sizes": (2, 3), "layers": 3, "arrange": _one_layer}
+    yield "strided", {"queries": 6, "sizes": (2, 3), "arrange": with_gaps}
+    yield "same in all layers", {"queries": 6, "sizes": (2, 3), "layers": 3, "arrange": first_for_all}
     yield "two classes", {"queries": 17, "sizes": (1, 5), "classes": 2}
     yield "91 classes", {"queries": 20, "sizes": (4, 1), "classes": 92, "layers": 1}
     yield "large logits", {"queries": 9, "sizes": (4, 2), "scale": 30.0}

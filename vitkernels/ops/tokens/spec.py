@@ -11,32 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import backends
+from vitkernels.ops._arrange import as_it_is, first_for_all, part_of_wider_rows, with_gaps
 from vitkernels.ops.packed.layout import PackedLayout
 from vitkernels.ops.tokens import op
 from vitkernels.registry import BadInput, BenchCase, OpSpec, Sample
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x
-
-
 def _channels_first(x: Tensor) -> Tensor:
     """[D, T] in memory."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _strided(x: Tensor) -> Tensor:
-    """No dimension of stride 1, NaN between the values."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-
-
-def _part_of_wider_rows(x: Tensor) -> Tensor:
-    """At an offset that no vector is aligned to."""
-    return torch.cat((torch.full_like(x[..., :1], torch.nan), x), dim=-1)[..., 1:]
-
-
-def _one_row(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
 
 
 # --- factorized_position_embedding ----------------------------------------------------------------------------------------------------
@@ -68,8 +51,8 @@ def _position_sample(
     lengths: tuple[int, int] = (7, 9),
     fractional: tuple[bool, bool] = (False, False),
     positions: torch.dtype | None = None,
-    arrange: Callable[[Tensor], Tensor] = _contiguous,
-    arrange_tables: Callable[[Tensor], Tensor] = _contiguous,
+    arrange: Callable[[Tensor], Tensor] = as_it_is,
+    arrange_tables: Callable[[Tensor], Tensor] = as_it_is,
 ) -> Sample:
     """One call on the patches of images of these grids; ``positions`` is their dtype, ``fractional`` which axes have shares in place of indices."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -106,9 +89,9 @@ def _position_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = F
     for dim in (8, 16, 20, 30, 63, 64, 65, 100):
         yield make(f"dim {dim}", ((3, 4), (2, 9)), dim=dim, fractional=(dim % 3 == 0, dim % 5 == 0))
     yield make("channels first", grids, arrange=_channels_first)
-    yield make("strided", grids, arrange=_strided, arrange_tables=_strided, fractional=(True, False))
-    yield make("part of wider rows", grids, arrange=_part_of_wider_rows, arrange_tables=_part_of_wider_rows)
-    yield make("one row", grids, arrange=_one_row, arrange_tables=_one_row)
+    yield make("strided", grids, arrange=with_gaps, arrange_tables=with_gaps, fractional=(True, False))
+    yield make("part of wider rows", grids, arrange=part_of_wider_rows, arrange_tables=part_of_wider_rows)
+    yield make("one row", grids, arrange=first_for_all, arrange_tables=first_for_all)
     if not small:
         large = ((14, 14), (24, 31), (7, 9), (32, 32))
         yield make("large", large, dim=384, lengths=(32, 32))
@@ -180,7 +163,7 @@ def _pool_sample(
     device: str = "cpu",
     grad: bool = False,
     shape: tuple[int, ...] = (24,),
-    arrange: Callable[[Tensor], Tensor] = _contiguous,
+    arrange: Callable[[Tensor], Tensor] = as_it_is,
     capacity: int | None = None,
     max_sequences: int | None = None,
     used: Sequence[int] | None = None,
@@ -214,14 +197,14 @@ def _pool_samples(dtype: torch.dtype, device: str = "cpu", *, grad: bool = False
         yield make(f"some in use {mode}", (10, 9, 8), mode, used=(4, 9, 0), capacity=30)
         yield make(f"of attention pooling {mode}", (7, 2, 5), mode, queries=1)
         yield make(f"channels first {mode}", (9, 3, 20), mode, arrange=_channels_first)
-        yield make(f"heads strided {mode}", (9, 3, 20), mode, shape=(2, 10), arrange=_strided)
-        yield make(f"part of wider rows {mode}", (9, 3, 20), mode, arrange=_part_of_wider_rows, shape=(40,))
+        yield make(f"heads strided {mode}", (9, 3, 20), mode, shape=(2, 10), arrange=with_gaps)
+        yield make(f"part of wider rows {mode}", (9, 3, 20), mode, arrange=part_of_wider_rows, shape=(40,))
         for dim in (1, 8, 16, 30, 64, 100):
             yield make(f"dim {dim} {mode}", (9, 70), mode, shape=(dim,))
-    yield make("one row", (9, 3, 20), arrange=_one_row)
+    yield make("one row", (9, 3, 20), arrange=first_for_all)
     if dtype is not torch.float64:  # in which gradients are differenced: a tie has none
         yield make("ties", (9, 30, 70, 2), "max", integers=True)
-        yield make("all tied", (9, 3, 20), "max", arrange=_one_row)
+        yield make("all tied", (9, 3, 20), "max", arrange=first_for_all)
     if not small:
         for mode in ("mean", "max"):
             yield make(f"one long among many short {mode}", (3, 1, 7, 2, 1024, 1, 0, 16, 5, 49, 2, 50), mode, shape=(192,))
