@@ -9,11 +9,10 @@ where the last layer is a norm, the mean of its map, which the head reads, is th
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from whole_models import COMPILED, JUDGED, LAST, ORIGINAL, OURS, Row, Speeds, Table, judged
 
 import vitkernels
 from vitkernels import report
@@ -23,16 +22,12 @@ MODELS = (
     *("mobilevitv2_050", "mobilevitv2_100", "mobilevit_s", "efficientvit_m0", "efficientvit_m4"),
     *("vit_pytorch:DeepViT", "vit_pytorch:NaViT", "vit_small_patch16_224"),
 )
-ORIGINAL, LAST, COMPILED, OURS = _compare.ORIGINAL, _compare.LAST, _compare.COMPILED, _compare.ACCELERATED
 CONTENDERS = (ORIGINAL, LAST, COMPILED, OURS)
 ERRORS = ("error of gradients, original", "accelerated")
-COLUMNS = ("model", "batch", *(f"{name} ms" for name in CONTENDERS), "best other", "times as fast p20", "p50", "p80", "rounds", "weak", *ERRORS)
-
-Speeds = dict[str, tuple[float, float, float]]
-"""Of each contender, how many times as fast as the original it is: p20, median, p80."""
+COLUMNS = ("model", "batch", *(f"{name} ms" for name in CONTENDERS), *JUDGED, *ERRORS)
 
 
-def compare(name: str, batch: int, rounds: int, seconds: float, with_compiled: bool) -> tuple[dict[str, Any], Speeds]:
+def compare(name: str, batch: int, rounds: int, seconds: float, with_compiled: bool) -> tuple[Row, Speeds]:
     """One row, and what of it the plot shows."""
     found = _compare.compare(
         _zoo.load(name),
@@ -48,14 +43,9 @@ def compare(name: str, batch: int, rounds: int, seconds: float, with_compiled: b
     if not found.right or found.measured is None:
         raise SystemExit(f"{name}, batch {batch}: the accelerated model breaks the accuracy rule, nothing is shown: {found.errors}")
     print(*found.notes, sep="\n", end="\n" if found.notes else "")
-    measured = found.measured
-    times = {other: measured[other].quantiles.p50 * 1e3 for other in CONTENDERS if other in measured}
-    best = min((other for other in times if other != OURS), key=lambda other: times[other])
-    faster, gradients = measured.speedup(OURS, over=best), found.errors[-1]
-    row: dict[str, Any] = {"model": name, "batch": batch} | {f"{other} ms": times.get(other, "") for other in CONTENDERS}
-    values = (best, faster.p20, faster.p50, faster.p80, measured.kept, measured.weak, gradients.original, gradients.accelerated)
-    speeds = {other: measured.speedup(other, over=ORIGINAL).scaled(1) for other in times if other != ORIGINAL}
-    return row | dict(zip(COLUMNS[-len(values) :], values, strict=True)), speeds
+    row, speeds = judged(found.measured, CONTENDERS)
+    gradients = found.errors[-1]
+    return {"model": name, "batch": batch, **row, **dict(zip(ERRORS, (gradients.original, gradients.accelerated), strict=True))}, speeds
 
 
 def main() -> None:
@@ -73,21 +63,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.tuned_malloc:
         print(vitkernels.tune_allocator())
-    rows, panels = [], defaultdict[str, dict[str, Speeds]](dict)
+    table = Table()
     for name in options.model or MODELS:
         for batch in options.batch or (2, 8):
-            row, speeds = compare(name, batch, options.rounds, options.seconds, options.compile)
-            rows.append(row)
-            panels[f"batch {batch}"][name] = speeds
-            print(", ".join(f"{key} {cell(value)}" for key, value in row.items() if value != ""), flush=True)
+            table.add(f"batch {batch}", *compare(name, batch, options.rounds, options.seconds, options.compile))
     if folder:
         title = "Whole models in training, a step; how many times as fast as the best of the others the accelerated model is"
-        report.write_results(folder, "training", title, rows, COLUMNS)
-        report.bars(folder / "training.png", panels, "times as fast as PyTorch as it is (median; whiskers p20 and p80)", baseline=1.0)
-
-
-def cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        table.write(folder, "training", title, COLUMNS)
 
 
 if __name__ == "__main__":

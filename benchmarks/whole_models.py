@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from vitkernels.cli import _compare, _engines, _zoo
 MODELS = ("efficientvit_m0", "efficientvit_m4", "mobilevitv2_100", "mobilevit_s", "vit_pytorch:DeepViT", "vit_small_patch16_224")
 ORIGINAL, LAST, COMPILED, OURS = _compare.ORIGINAL, _compare.LAST, _compare.COMPILED, _compare.ACCELERATED
 CONTENDERS = (ORIGINAL, LAST, COMPILED, *_engines.ENGINES, OURS)
-COLUMNS = ("model", "batch", "dtype", *(f"{name} ms" for name in CONTENDERS), "best other", "times as fast p20", "p50", "p80", "rounds", "weak")
+JUDGED = ("best other", "times as fast p20", "p50", "p80", "rounds", "weak")
+COLUMNS = ("model", "batch", "dtype", *(f"{name} ms" for name in CONTENDERS), *JUDGED)
 
 
+Row = dict[str, Any]
 Speeds = dict[str, tuple[float, float, float]]
 """Of each contender, how many times as fast as the original it is: p20, median, p80."""
 
 
-def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> tuple[dict[str, Any], Speeds]:
+def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: float, with_compiled: bool) -> tuple[Row, Speeds]:
     """One row, and what of it the plot shows."""
     zoo = _zoo.load(name)
     images: Any = _zoo.images(zoo, batch)[0]
@@ -47,20 +50,44 @@ def compare(name: str, batch: int, dtype: torch.dtype, rounds: int, seconds: flo
     if with_compiled:
         program = _compare.compiled_for_inference(original, images)
         calls[COMPILED] = lambda: program(images)
-    row: dict[str, Any] = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     if dtype is torch.float32:
         with _engines.engines(original, images) as (engines, notes):
             measured = timing.interleave(calls, elsewhere=engines, rounds=rounds, budget=seconds)
         print(*notes, sep="\n", end="\n" if notes else "")
     else:
         measured = timing.interleave(calls, rounds=rounds, budget=seconds)
-    times = {other: measured[other].quantiles.p50 * 1e3 for other in CONTENDERS if other in measured}
-    best = min((other for other in times if other != OURS), key=lambda other: times[other])
+    row, speeds = judged(measured, CONTENDERS)
+    return {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), **row}, speeds
+
+
+def judged(measured: timing.Measurement, contenders: Sequence[str]) -> tuple[Row, Speeds]:
+    """The contenders' milliseconds and :data:`JUDGED`, ours against the best of the others; and what of it the plot shows."""
+    times = {name: measured[name].quantiles.p50 * 1e3 for name in contenders if name in measured}
+    best = min((name for name in times if name != OURS), key=lambda name: times[name])
     faster = measured.speedup(OURS, over=best)
-    row |= {f"{other} ms": times.get(other, "") for other in CONTENDERS}
     values = (best, faster.p20, faster.p50, faster.p80, measured.kept, measured.weak)
-    speeds = {other: measured.speedup(other, over=ORIGINAL).scaled(1) for other in times if other != ORIGINAL}
-    return row | dict(zip(COLUMNS[-len(values) :], values, strict=True)), speeds
+    row = {f"{name} ms": times.get(name, "") for name in contenders} | dict(zip(JUDGED, values, strict=True))
+    return row, {name: measured.speedup(name, over=ORIGINAL).scaled(1) for name in times if name != ORIGINAL}
+
+
+class Table:
+    """The rows of a script, told as they come and written at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.panels = defaultdict[str, dict[str, Speeds]](dict)
+
+    def add(self, panel: str, row: Row, speeds: Speeds) -> None:
+        """A row, of a model in a panel of the plot."""
+        self.rows.append(row)
+        self.panels[panel][row["model"]] = speeds
+        print(", ".join(f"{key} {cell(value)}" for key, value in row.items() if value != ""), flush=True)
+
+    def write(self, folder: Path, name: str, title: str, columns: Sequence[str]) -> None:
+        """``<name>.csv``, ``.md`` and ``.png``."""
+        report.write_results(folder, name, title, self.rows, columns)
+        label = "times as fast as PyTorch as it is (median; whiskers p20 and p80)"
+        report.bars(folder / f"{name}.png", self.panels, label, baseline=1.0)
 
 
 def main() -> None:
@@ -76,19 +103,16 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out and report.results_folder(options.out)
     torch.set_num_threads(options.threads)
-    rows, panels = [], defaultdict[str, dict[str, Speeds]](dict)
+    table = Table()
     with torch.no_grad():
         for name in options.model or MODELS:
             for dtype in options.dtype or ("float32",):
                 for batch in options.batch or (1, 16):
-                    row, speeds = compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile)
-                    rows.append(row)
-                    panels[f"batch {batch}, {dtype}"][name] = speeds
-                    print(", ".join(f"{key} {cell(value)}" for key, value in rows[-1].items() if value != ""), flush=True)
+                    found = compare(name, batch, getattr(torch, dtype), options.rounds, options.seconds, options.compile)
+                    table.add(f"batch {batch}, {dtype}", *found)
     if folder:
         title = "Whole models in inference; how many times as fast as the best of the others the accelerated model is"
-        report.write_results(folder, "whole_models", title, rows, COLUMNS)
-        report.bars(folder / "whole_models.png", panels, "times as fast as PyTorch as it is (median; whiskers p20 and p80)", baseline=1.0)
+        table.write(folder, "whole_models", title, COLUMNS)
 
 
 def cell(value: Any) -> str:
